@@ -1,0 +1,1 @@
+"""Captions and images in, checked WebDataset shards out."""

@@ -1,0 +1,1 @@
+"""Teacher in, smaller fine-tuned and measured descendant out."""

@@ -1,0 +1,1 @@
+"""The training loop: the same code path from one process to many nodes."""
