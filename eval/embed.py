@@ -1,0 +1,300 @@
+"""Model and shards in, L2-normalised embeddings of every sample out, over all ranks.
+
+The work is cut into batches, and whole batches go to ranks. A batch therefore holds the same
+samples whatever the number of ranks, no sample is padded, dropped or repeated, and the result on
+two ranks is the result on one.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.errors import UserError
+from data_prep.reader import CorruptSampleError, RawSample, ShardSet
+from eval.contracts import Progress, Tokenizer, Transform, encode, evaluating, floating_dtype
+
+
+@dataclass(frozen=True)
+class ImageEmbeddings:
+    """Embeddings of a whole evaluation set, in shard order.
+
+    Attributes:
+        features: [N, D] float32 on the CPU, L2-normalised.
+        keys: the N sample keys.
+        labels: [N] int64, or None where no sample has a label.
+        captions: the captions of each of the N images; empty lists where they were not wanted.
+    """
+
+    features: Tensor
+    keys: list[str]
+    labels: Tensor | None
+    captions: list[list[str]]
+
+    @property
+    def texts(self) -> list[str]:
+        """All captions, image by image."""
+        return [caption for captions in self.captions for caption in captions]
+
+    @property
+    def owner(self) -> Tensor:
+        """[M] int64: for each of `texts`, the index of its image."""
+        counts = torch.tensor([len(captions) for captions in self.captions], dtype=torch.long)
+        return torch.repeat_interleave(torch.arange(len(self.captions)), counts)
+
+
+def decode_image(sample: RawSample) -> Image.Image:
+    """Decode a sample's image to RGB.
+
+    Raises:
+        UserError: there is no image, or it cannot be decoded; names shard and key.
+    """
+    try:
+        return Image.open(io.BytesIO(sample.image_bytes)).convert("RGB")
+    # Pillow's decoders raise SyntaxError, ValueError and their own kinds besides OSError.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unusable(sample, f"the image cannot be decoded ({error})") from error
+
+
+def _unusable(sample: RawSample, what: str) -> UserError:
+    return UserError(
+        f"an evaluation sample cannot be used: {what}",
+        where=f"{sample.shard}, sample {sample.key}",
+        todo="repair or remove the sample: leaving it out silently would change the result",
+    )
+
+
+@dataclass(frozen=True)
+class _Item:
+    image: Tensor
+    key: str
+    label: int | None
+    captions: list[str]
+
+
+class _Images(Dataset[Any]):
+    """The samples of a ShardSet, decoded and transformed; a fault is an item, not an exception.
+
+    A DataLoader worker turns exceptions into new ones that carry a traceback for a message. Faults
+    travel as values so that the reader of the message sees what the reader of the shard saw.
+    """
+
+    def __init__(self, shards: ShardSet, transform: Transform, captions: bool) -> None:
+        self.shards, self.transform, self.captions = shards, transform, captions
+
+    def __getitem__(self, index: int) -> _Item | UserError:
+        try:
+            sample = self.shards.read(index)
+        except CorruptSampleError as error:
+            return UserError(f"an evaluation sample cannot be read: {error}")
+        except UserError as fault:
+            return fault
+        try:
+            captions = list(sample.captions) if self.captions else []
+            return _Item(self.transform(decode_image(sample)), sample.key, sample.label, captions)
+        except CorruptSampleError as error:
+            return _unusable(sample, str(error))
+        except UserError as fault:
+            return fault
+
+
+def _collate(items: list[_Item | UserError]) -> tuple[Tensor, list[_Item]] | UserError:
+    good: list[_Item] = []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        good.append(item)
+    images = torch.stack([item.image for item in good])
+    # The stacked tensor travels on its own: items keep only what is not an image.
+    rest = [_Item(torch.empty(0), item.key, item.label, item.captions) for item in good]
+    return images, rest
+
+
+def _world() -> tuple[int, int]:
+    """Return (rank, number of ranks): (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def rank_batches(total: int, batch_size: int, rank: int, world: int) -> list[range]:
+    """Return the batches of one rank: a contiguous run of the whole list of batches.
+
+    Joined in rank order, the ranks' batches are 0..total-1 in order, each index once.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    starts = range(0, total, batch_size)
+    low, high = len(starts) * rank // world, len(starts) * (rank + 1) // world
+    return [range(start, min(start + batch_size, total)) for start in starts[low:high]]
+
+
+def _gather_features(features: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
+    """Join the ranks' features [n_r, D] to [N, D] on the CPU; `rows` is n_r of every rank."""
+    # NCCL moves GPU tensors only; gloo is happiest with CPU tensors.
+    place = device if "nccl" in str(dist.get_backend()) else torch.device("cpu")
+    padded = torch.zeros(max(rows), features.shape[1], dtype=torch.float32, device=place)
+    padded[: len(features)] = features.to(place)
+    parts = [torch.empty_like(padded) for _ in rows]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count].cpu() for part, count in zip(parts, rows, strict=True)])
+
+
+def _join(
+    features: list[Tensor], rest: list[Any], fault: UserError | None, device: torch.device
+) -> tuple[Tensor, list[Any]]:
+    """Join what all ranks computed; a fault on one rank is raised on every rank.
+
+    Otherwise the others would wait for the missing rank until the collective times out.
+    """
+    _, world = _world()
+    local = torch.cat(features) if features else None
+    if world == 1:
+        if fault is not None:
+            raise fault
+        if local is None:
+            raise UserError("the evaluation set is empty")
+        return local, rest
+    reports: list[Any] = [None] * world
+    width = 0 if local is None else local.shape[1]
+    dist.all_gather_object(reports, (fault, 0 if local is None else len(local), width, rest))
+    for report in reports:
+        if report[0] is not None:
+            raise report[0]
+    widths = max(report[2] for report in reports)
+    if not widths:
+        raise UserError("the evaluation set is empty")
+    mine = torch.zeros(0, widths) if local is None else local
+    joined = _gather_features(mine, [report[1] for report in reports], device)
+    return joined, [item for report in reports for item in report[3]]
+
+
+def _check_finite(features: Tensor, what: str) -> None:
+    bad = (~torch.isfinite(features)).any(dim=1)
+    if bool(bad.any()):
+        raise UserError(
+            f"the model's {what} embeddings contain NaN or infinity "
+            f"({int(bad.sum())} of {len(features)})",
+            todo="the weights are damaged or the training diverged; use another checkpoint",
+        )
+
+
+def embed_images(
+    model: nn.Module,
+    transform: Transform,
+    shards: ShardSet,
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    workers: int = 0,
+    captions: bool = True,
+    progress: Progress | None = None,
+) -> ImageEmbeddings:
+    """Embed every image of an evaluation set, split over the ranks if there are several.
+
+    Args:
+        model: has `encode_image`; its parameters are already on `device`.
+        transform: PIL image -> float tensor [3, S, S].
+        shards: the evaluation set.
+        batch_size: images per step on each rank.
+        device: where to run.
+        workers: processes that decode images; 0 decodes in this one.
+        captions: whether the set's captions are wanted; then every sample must have one.
+        progress: called after each batch of this rank.
+
+    Returns:
+        The same full result on every rank.
+
+    Raises:
+        UserError: a sample has no image that can be decoded or no caption (names shard and key),
+            only some samples have a label, or embeddings are not finite.
+    """
+    device = torch.device(device)
+    rank, world = _world()
+    batches = rank_batches(shards.num_samples, batch_size, rank, world)
+    loader: Iterable[Any] = DataLoader(
+        _Images(shards, transform, captions),
+        batch_sampler=[list(batch) for batch in batches],
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+    )
+    features: list[Tensor] = []
+    items: list[_Item] = []
+    fault: UserError | None = None
+    dtype = floating_dtype(model)
+    with evaluating(model):
+        for number, batch in enumerate(loader):
+            if isinstance(batch, UserError):
+                fault = batch
+                break
+            images = batch[0].to(device, dtype, non_blocking=True)
+            features.append(encode(model, images, image=True).cpu())
+            items.extend(batch[1])
+            if progress is not None:
+                progress("images", number + 1, len(batches))
+    joined, all_items = _join(features, items, fault, device)
+    _check_finite(joined, "image")
+    if len(joined) != shards.num_samples:
+        raise AssertionError(f"embedded {len(joined)} of {shards.num_samples} images")
+    return ImageEmbeddings(
+        joined,
+        [item.key for item in all_items],
+        _labels(all_items),
+        [item.captions for item in all_items],
+    )
+
+
+def _labels(items: list[_Item]) -> Tensor | None:
+    """Return [N] labels, or None where no sample has one.
+
+    Raises:
+        UserError: some samples have a label and others do not.
+    """
+    labels = [item.label for item in items]
+    missing = [item.key for item in items if item.label is None]
+    if len(missing) == len(items):
+        return None
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(items)} samples have no label, the first is {missing[0]}",
+            todo="give every sample of the set a label, or none",
+        )
+    return torch.tensor(labels, dtype=torch.long)
+
+
+def embed_texts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Embed texts, split over the ranks; returns [N, D] float32 on the CPU, L2-normalised.
+
+    Raises:
+        UserError: there are no texts, or embeddings are not finite.
+    """
+    device = torch.device(device)
+    rank, world = _world()
+    batches = rank_batches(len(texts), batch_size, rank, world)
+    features: list[Tensor] = []
+    with evaluating(model):
+        for number, batch in enumerate(batches):
+            tokens = tokenizer([texts[index] for index in batch]).to(device)
+            features.append(encode(model, tokens, image=False).cpu())
+            if progress is not None:
+                progress("texts", number + 1, len(batches))
+    joined, _ = _join(features, [], None, device)
+    _check_finite(joined, "text")
+    return joined
