@@ -39,7 +39,7 @@ class Term(BaseModel):
             )
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise PydanticCustomError(
-                "weight_or_options", "give a weight, as in `1`, or options, as in `{{weight: 1}}`"
+                "weight_or_options", "give a weight, as in `1`, or options, as in `{weight: 1}`"
             )
         return {"weight": value}
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.objectives.batch import Batch, Maps
 from pipeline.objectives.config import REGISTRY, ObjectiveConfig
 from pipeline.objectives.contrastive import Loss
-from pipeline.objectives.features import Features, check_equal_rows
+from pipeline.objectives.features import Features, check_equal_rows, full_precision
 
 
 class Objective(nn.Module):
@@ -71,10 +71,11 @@ class Objective(nn.Module):
                 name: self.weights[name] * loss(batch)
                 for name, loss in zip(self.weights, self._ordered(), strict=True)
             }
-            # Losses without logits leave the scale alone; every parameter must still see a
-            # gradient, or ranks wait for each other
+            # Some losses leave the scale or the unmasked images alone; what trains must still see a
+            # gradient at every step, be it zero
+            unused = student.image.sum() + student.text.sum() + student.scale.sum()
             first = next(iter(terms))
-            terms[first] = terms[first] + 0.0 * batch.student.scale
+            terms[first] = terms[first] + 0.0 * full_precision(unused)
         return terms
 
     def _ordered(self) -> list[Loss]:
