@@ -1,0 +1,395 @@
+"""`inherclip doctor`: what this machine can do, what is missing, and what to do about it.
+
+In:  installed packages, the operating system, the folder for runs.
+Out: findings (OK, warning or missing, each with a remedy) as a table, plain lines or JSON; exit
+code 1 when
+     something needed is missing, 0 otherwise. Imports neither torch nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import netrc
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from pipeline import machine
+
+GIGABYTE = 1 << 30
+REPOSITORY = Path(__file__).resolve().parent.parent
+STALE_AFTER = 600.0
+"""Seconds after which a build lock that nobody holds is dead; a build takes about a minute."""
+
+_EXTRAS = {
+    "tensorboard": "only needed for tracking with TensorBoard",
+    "wandb": "only needed for tracking with Weights & Biases",
+    "export": "only needed for `inherclip export --format onnx`",
+    "near-duplicates": "only needed for near-duplicate search in `inherclip verify`",
+    "dev": "only needed for `make test` and `make lint`",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `needed` tells whether its absence stops inherclip from running."""
+
+    name: str
+    status: Literal["OK", "warning", "missing"]
+    detail: str
+    remedy: str = ""
+    needed: bool = False
+
+    @property
+    def fatal(self) -> bool:
+        """Whether this alone makes the exit code 1."""
+        return self.needed and self.status == "missing"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the project asks of its surroundings."""
+
+    python: str
+    packages: list[Requirement]
+    extras: dict[str, list[Requirement]]
+
+
+def wanted(repository: Path = REPOSITORY) -> Wanted:
+    """Read the version ranges from `pyproject.toml`, or else from the installed package."""
+    file = repository / "pyproject.toml"
+    if file.is_file() and (project := tomllib.loads(file.read_text())["project"]):
+        extras = {
+            name: [Requirement(line) for line in lines]
+            for name, lines in project.get("optional-dependencies", {}).items()
+        }
+        packages = [Requirement(line) for line in project["dependencies"]]
+        return Wanted(project["requires-python"], packages, extras)
+    about = metadata.metadata("inherclip")
+    lines = [Requirement(line) for line in metadata.requires("inherclip") or []]
+    extras = {
+        name: [line for line in lines if line.marker and line.marker.evaluate({"extra": name})]
+        for name in about.get_all("Provides-Extra") or []
+    }
+    packages = [
+        line for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})
+    ]
+    return Wanted(about["Requires-Python"] or "", packages, extras)
+
+
+def read_constraints(repository: Path = REPOSITORY) -> dict[str, str] | None:
+    """Return the tested version of each package, or None where there is no `constraints.txt`."""
+    file = repository / "constraints.txt"
+    if not file.is_file():
+        return None
+    lines = (line.split("#")[0].partition("==") for line in file.read_text().splitlines())
+    return {
+        _canonical(name): version.split(";")[0].strip() for name, _, version in lines if version
+    }
+
+
+def check_python(wanted_range: str) -> Finding:
+    """Compare the interpreter with the range the project supports."""
+    version = platform.python_version()
+    if SpecifierSet(wanted_range).contains(version, prereleases=True):
+        return Finding("python", "OK", f"{version}, {sys.executable}")
+    remedy = f"make a virtual environment with Python {wanted_range}"
+    return Finding("python", "missing", f"{version} is not {wanted_range}", remedy, needed=True)
+
+
+def check_packages(packages: list[Requirement], tested: dict[str, str] | None) -> Iterator[Finding]:
+    """Compare installed versions with the ranges, then with the versions the tests passed with."""
+    if tested is None:
+        where = "not found: only a source checkout has it; versions compared with the ranges only"
+        yield Finding(
+            "constraints.txt", "warning", where, "run from a checkout, as `make setup` does"
+        )
+    for package in packages:
+        yield _check_package(package, (tested or {}).get(_canonical(package.name)))
+
+
+def _check_package(package: Requirement, tested: str | None) -> Finding:
+    installed, exact = (
+        _version(package.name),
+        f"{package.name}=={tested}" if tested else str(package),
+    )
+    remedy = f'pip install "{exact}"'
+    if installed is None:
+        return Finding(package.name, "missing", f"not installed; want {exact}", remedy, needed=True)
+    if not package.specifier.contains(installed, prereleases=True):
+        detail = f"{installed} is not {package.specifier}"
+        return Finding(package.name, "missing", detail, remedy, needed=True)
+    if tested and installed.split("+")[0] != tested.split("+")[0]:
+        detail = f"{installed}; the tests passed with {tested}"
+        return Finding(package.name, "warning", detail, remedy)
+    return Finding(package.name, "OK", installed)
+
+
+def check_torchvision_fits() -> Finding | None:
+    """Compare torch with what torchvision was built for: a wrong pair cannot be imported at all."""
+    torch, torchvision = _version("torch"), _version("torchvision")
+    if torch is None or torchvision is None:
+        return None  # reported above
+    pinned = [
+        line
+        for line in map(Requirement, metadata.requires("torchvision") or [])
+        if line.name == "torch" and not line.specifier.contains(torch, prereleases=True)
+    ]
+    if not pinned and ("+cpu" in torch) == ("+cpu" in torchvision):
+        return None
+    why = f"torch {torch} and torchvision {torchvision} are not a pair"
+    remedy = "install both in one command, from one index, as constraints.txt names them"
+    return Finding("torch + torchvision", "missing", why, remedy, needed=True)
+
+
+def check_extras(extras: dict[str, list[Requirement]]) -> Iterator[Finding]:
+    """Look for the optional packages, one line per extra."""
+    for name, packages in extras.items():
+        absent = [package for package in packages if _version(package.name) is None]
+        if absent:
+            names = ", ".join(package.name for package in absent)
+            remedy = "pip install " + " ".join(
+                f'"{package.name}{package.specifier}"' for package in absent
+            )
+            what = f"{names}: {_EXTRAS.get(name, 'optional')}"
+            yield Finding(f"[{name}]", "missing", what, remedy)
+        elif name == "wandb" and not _wandb_ready():
+            detail = "installed, not logged in"
+            yield Finding(
+                "[wandb]", "warning", detail, "`wandb login`, or export WANDB_MODE=offline"
+            )
+        else:
+            yield Finding(f"[{name}]", "OK", "installed")
+
+
+def check_cpu(cores: int, limit: float | None) -> Finding:
+    """Report cores; one core is a warning."""
+    usable = cores if limit is None else min(cores, limit)
+    detail = f"{cores} cores" + ("" if limit is None else f", control group allows {limit:g}")
+    if usable >= 2:
+        return Finding("cpu", "OK", detail)
+    return Finding("cpu", "warning", detail, "ask for 2 cores or more; the demo is timed on 2")
+
+
+def check_gpu(gpus: machine.Gpus) -> Finding:
+    """Report CUDA devices; without one everything runs on the CPU."""
+    if gpus.error:
+        remedy = "run `python -c 'import torch'` and mend what it says"
+        return Finding(
+            "gpu", "missing", f"torch cannot be asked: {gpus.error}", remedy, needed=True
+        )
+    if gpus.names:
+        sizes = ", ".join(
+            f"{name} {size / GIGABYTE:.0f} GB"
+            for name, size in zip(gpus.names, gpus.memory, strict=True)
+        )
+        detail = f"{sizes}; CUDA {gpus.built_for}; bf16 {'yes' if gpus.bf16 else 'no'}"
+        if gpus.bf16:
+            return Finding("gpu", "OK", detail)
+        return Finding("gpu", "warning", detail, "train in fp32: bf16 would be emulated")
+    if shutil.which("nvidia-smi"):
+        if gpus.built_for is None:
+            detail, remedy = "torch was built without CUDA", "install a CUDA build of torch"
+        else:
+            detail = f"nvidia-smi is here, but torch (CUDA {gpus.built_for}) sees no device"
+            remedy = (
+                "check CUDA_VISIBLE_DEVICES, and `nvidia-smi` for a driver older than that CUDA"
+            )
+        return Finding("gpu", "warning", detail, remedy)
+    remedy = "nothing to do for the demo and Flickr8k; CC3M needs GPUs"
+    return Finding("gpu", "missing", "none: everything runs on the CPU", remedy)
+
+
+def check_memory(found: machine.Memory | None) -> Finding:
+    """Report memory left; under 4 GB the demo may not fit."""
+    if found is None:
+        return Finding(
+            "memory", "warning", "this system does not say", "have 4 GB free for the demo"
+        )
+    owner = "control group" if found.limited else "machine"
+    available, total = found.available / GIGABYTE, found.total / GIGABYTE
+    detail = f"{available:.1f} GB free of {total:.1f} GB ({owner})"
+    if found.available >= 4 * GIGABYTE:
+        return Finding("memory", "OK", detail)
+    remedy = "close other programs, or ask for 4 GB or more; smaller train.batch_size needs less"
+    return Finding("memory", "warning", detail, remedy)
+
+
+def check_disk(folder: Path) -> Finding:
+    """Report free space where runs are written."""
+    free = shutil.disk_usage(_existing(folder)).free
+    detail = f"{free / GIGABYTE:.1f} GB free for {folder}"
+    remedy = "free some space, or choose another disk with --out"
+    if free < GIGABYTE:
+        return Finding("disk", "missing", detail, remedy, needed=True)
+    return Finding("disk", "OK" if free >= 10 * GIGABYTE else "warning", detail, remedy)
+
+
+def check_write(folder: Path) -> Finding:
+    """Try to write where runs go, leaving nothing behind."""
+    parent = _existing(folder)
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".inherclip-doctor-"):
+            pass
+    except OSError as error:
+        detail = f"cannot write in {parent}: {error.strerror or error}"
+        return Finding("write access", "missing", detail, "choose a folder with --out", needed=True)
+    return Finding("write access", "OK", str(folder))
+
+
+def check_compiler(needed: bool) -> Finding:
+    """Look for a C++ compiler: DeepSpeed builds its CPU communication at the first run."""
+    named = os.environ.get("CXX", "").split()
+    found = next(filter(None, map(shutil.which, [*named[:1], "c++", "g++", "clang++"])), None)
+    if found:
+        return Finding("compiler", "OK", found)
+    why = "no C++ compiler; DeepSpeed builds its CPU communication with one at the first run"
+    return Finding("compiler", "missing", why, "install g++ (Debian: apt install g++)", needed)
+
+
+def check_locks(locks: list[machine.BuildLock], folder: Path) -> Iterator[Finding]:
+    """Report build locks: for one left by a killed build, a run waits silently and for ever."""
+    for lock in locks:
+        age = f"{lock.age / 60:.0f} min old"
+        name = f"build lock {lock.path.parent.name}"
+        if lock.holder is not None:
+            yield Finding(name, "OK", f"process {lock.holder} is building, {age}")
+        elif lock.age < STALE_AFTER:
+            remedy = f"wait; if no other machine is building there, rm {lock.path}"
+            yield Finding(name, "warning", f"{age}, no process here holds it", remedy)
+        else:
+            detail = f"stale ({age}, no process holds it): every run would wait for ever"
+            yield Finding(name, "missing", detail, f"rm {lock.path}", needed=True)
+    if not locks:
+        yield Finding("build locks", "OK", f"none in {folder}")
+
+
+def check_slurm() -> Finding:
+    """Look for SLURM's commands."""
+    found = shutil.which("sinfo") and shutil.which("sbatch")
+    if found:
+        return Finding("slurm", "OK", found)
+    remedy = "on a cluster: log in to a submit node, or load its SLURM module"
+    return Finding("slurm", "missing", "not here, only needed for `inherclip submit`", remedy)
+
+
+def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
+    """Report the limits that loader workers run into."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        plenty = soft == resource.RLIM_INFINITY or soft >= 4096
+        upper = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        remedy = "" if plenty else f"ulimit -n {upper}, if many loader workers run"
+        yield Finding("open files", "OK" if plenty else "warning", f"limit {soft}", remedy)
+    if shared_memory.is_dir():
+        usage = shutil.disk_usage(shared_memory)
+        detail = f"{usage.free / GIGABYTE:.1f} GB free in {shared_memory}"
+        remedy = "start the container with --shm-size=8g, or set the loader's workers to 0"
+        enough = usage.free >= GIGABYTE
+        yield Finding(
+            "shared memory", "OK" if enough else "warning", detail, "" if enough else remedy
+        )
+
+
+def examine(out: Path) -> list[Finding]:
+    """Run every check; takes about as long as importing torch in a process of its own."""
+    probe = machine.start_gpu_probe() if _version("torch") else None
+    project, folder = wanted(), machine.extensions_folder()
+    findings = [check_python(project.python)]
+    findings += check_packages(project.packages, read_constraints())
+    findings += filter(None, [check_torchvision_fits()])
+    findings += check_extras(project.extras)
+    findings += [check_cpu(machine.cores(), machine.cpu_limit()), check_memory(machine.memory())]
+    findings += [check_disk(out), check_write(out), check_slurm()]
+    findings += check_locks(machine.build_locks(folder), folder)
+    findings += check_limits()
+    gpus = (
+        machine.finish_gpu_probe(probe) if probe else machine.Gpus(error="torch is not installed")
+    )
+    return [*findings, check_gpu(gpus), check_compiler(needed=not gpus.names)]
+
+
+def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `inherclip doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs"), help="folder that runs will be written to"
+    )
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print the findings; return 1 when something needed is missing, else 0."""
+    findings = examine(args.out)
+    faults = [finding for finding in findings if finding.fatal]
+    if args.json:
+        print(json.dumps({"ok": not faults, "findings": list(map(asdict, findings))}, indent=2))
+    else:
+        _print_table(findings) if sys.stdout.isatty() else _print_lines(findings)
+        names = ", ".join(finding.name for finding in faults)
+        print(f"missing and needed: {names}" if faults else "everything needed is here")
+    return 1 if faults else 0
+
+
+def _print_lines(findings: list[Finding]) -> None:
+    for finding in findings:
+        remedy = f" -> {finding.remedy}" if finding.status != "OK" and finding.remedy else ""
+        print(f"{_label(finding):<18} {finding.name}: {finding.detail}{remedy}")
+
+
+def _print_table(findings: list[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    colours = {"OK": "green", "warning": "yellow", "missing": "dim"}
+    table = Table("", "what", "found", "remedy", box=None, header_style="dim")
+    for finding in findings:
+        style = "bold red" if finding.fatal else colours[finding.status]
+        remedy = finding.remedy if finding.status != "OK" else ""
+        cells = (Text(cell, overflow="fold") for cell in (finding.name, finding.detail, remedy))
+        table.add_row(Text(_label(finding), style=style), *cells)
+    Console().print(table)
+
+
+def _label(finding: Finding) -> str:
+    optional = finding.status == "missing" and not finding.needed
+    return "missing (optional)" if optional else finding.status
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _canonical(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(".", "-")
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _wandb_ready() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in {"offline", "disabled"}:
+        return True
+    try:
+        return "api.wandb.ai" in netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
