@@ -145,6 +145,10 @@ class _Run:
     workers: int
     progress: Progress | None
 
+    def embed(self, item: EvalSet) -> Embedded:
+        images = self.images(item)
+        return Embedded(images, self.texts(item, images.texts))
+
     def images(self, item: EvalSet) -> ImageEmbeddings:
         return embed_images(
             self.model,
@@ -174,18 +178,28 @@ class _Run:
         return lambda what, done, total: report(f"{item.name} {what}", done, total)
 
 
-def embed_retrieval(run: _Run, item: EvalSet) -> Embedded:
-    """Embed all images and all captions of a retrieval set.
+def embed_set(
+    model: nn.Module,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    eval_set: EvalSet,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    progress: Progress | None = None,
+) -> Embedded:
+    """Embed all images and all captions of a retrieval set; arguments as in `evaluate_all`.
 
     Raises:
         UserError: an image has no caption or cannot be decoded; names shard and key.
     """
-    images = run.images(item)
-    return Embedded(images, run.texts(item, images.texts))
+    run = _Run(model, transform, tokenizer, batch_size, torch.device(device), workers, progress)
+    return run.embed(eval_set)
 
 
 def _retrieval(run: _Run, item: EvalSet, result: Evaluation) -> None:
-    embedded = embed_retrieval(run, item)
+    embedded = run.embed(item)
     owner = embedded.images.owner
     i2t, t2i = retrieval_ranks(
         embedded.images.features.to(run.device), embedded.text.to(run.device), owner
