@@ -1,0 +1,141 @@
+"""The plan of an inheritance: what becomes of every layer, in numbers, as a dictionary and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerPlan:
+    """One heavy layer before and after.
+
+    Attributes:
+        name: full module name.
+        kind: "conv", "linear" or "embedding".
+        shape: shape of the dense weight.
+        rank: rank of the inherited layer, None where it stays dense.
+        heads: heads of the inherited layer, 0 where it stays dense.
+        params_before: weights and bias of the dense layer.
+        params_after: weights, bias and gate afterwards.
+        macs_before: multiply-adds per sample in the teacher, None if no sample was run.
+        macs_after: the same afterwards.
+        reason: why the layer stayed dense, "" for an inherited one.
+        energy: share of the output's energy that the rank keeps on the calibration data (of the weight's
+            energy without calibration).
+        error: relative squared error of the layer's output on the calibration data, where measured.
+        spectrum: singular energies relative to their sum, for the plot.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    heads: int
+    params_before: int
+    params_after: int
+    macs_before: float | None
+    macs_after: float | None
+    reason: str = ""
+    energy: float | None = None
+    error: float | None = None
+    spectrum: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """All layers, totals and what rebuilds the model.
+
+    Attributes:
+        arm: initialisation arm.
+        budget: the budget as asked.
+        unit: what the budget counts.
+        total_before: parameters of the teacher, everything counted.
+        total_after: parameters of the inherited model.
+        towers: per tower the parameters before and after.
+        layers: one entry per heavy layer.
+        structure: entries that `rebuild` needs, in order.
+        notes: unsupported modules, audit, calibration and other facts worth reporting.
+    """
+
+    arm: str
+    budget: str
+    unit: str
+    total_before: int
+    total_after: int
+    macs_before: float | None
+    macs_after: float | None
+    towers: dict[str, dict[str, int]]
+    layers: list[LayerPlan]
+    structure: list[dict[str, Any]]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self, *, spectra: bool = False) -> dict[str, Any]:
+        """Return the plan as JSON-able values; the spectra are long and left out by default."""
+        data = asdict(self)
+        for layer in data["layers"]:
+            layer["shape"] = list(layer["shape"])
+            if not spectra:
+                del layer["spectrum"]
+        return data
+
+    def table(self) -> str:
+        """Return the plan as text: one line per heavy layer, then the totals."""
+        head = (
+            "layer",
+            "kind",
+            "shape",
+            "rank",
+            "heads",
+            "params",
+            "after",
+            "MMACs",
+            "after",
+            "energy",
+            "",
+        )
+        rows = [head]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    layer.kind,
+                    "x".join(map(str, layer.shape)),
+                    "dense" if layer.rank is None else str(layer.rank),
+                    str(layer.heads or "-"),
+                    f"{layer.params_before:,}",
+                    f"{layer.params_after:,}",
+                    _millions(layer.macs_before),
+                    _millions(layer.macs_after),
+                    "" if layer.energy is None else f"{layer.energy:.3f}",
+                    layer.reason,
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        text_columns = (0, 1, 10)
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i in text_columns else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        for tower, counts in self.towers.items():
+            share = counts["after"] / max(counts["before"], 1)
+            lines.append(
+                f"{tower}: {counts['before']:,} -> {counts['after']:,} parameters ({share:.3f})"
+            )
+        share = self.total_after / max(self.total_before, 1)
+        lines.append(
+            f"total: {self.total_before:,} -> {self.total_after:,} parameters ({share:.4f})"
+        )
+        if self.macs_before and self.macs_after is not None:
+            lines.append(
+                f"multiply-adds per sample: {self.macs_before / 1e6:,.1f} M -> {self.macs_after / 1e6:,.1f} M "
+                f"({self.macs_after / self.macs_before:.4f})"
+            )
+        return "\n".join(lines)
+
+
+def _millions(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e6:,.2f}"
