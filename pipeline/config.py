@@ -96,8 +96,16 @@ def _set_path(tree: dict[str, Any], keys: Sequence[str], value: Any, override: s
     tree[keys[-1]] = value
 
 
-def validate(schema: type[ConfigT], content: Mapping[str, Any], where: str) -> ConfigT:
+def validate(
+    schema: type[ConfigT], content: Mapping[str, Any], where: str, tags: Sequence[str] = ()
+) -> ConfigT:
     """Return `content` as an instance of `schema`.
+
+    Args:
+        schema: The root of the configuration.
+        content: What the YAML file holds.
+        where: The file, for messages.
+        tags: Discriminators of unions, which pydantic puts into paths and users never wrote.
 
     Raises:
         UserError: with every fault of the content, one per line.
@@ -105,7 +113,7 @@ def validate(schema: type[ConfigT], content: Mapping[str, Any], where: str) -> C
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        lines = [_describe(fault, schema) for fault in error.errors()]
+        lines = list(dict.fromkeys(_describe(fault, schema, tags) for fault in _roots(error)))
         count = "one fault" if len(lines) == 1 else f"{len(lines)} faults"
         raise UserError(
             f"{count} in the configuration\n" + "\n".join(f"    {line}" for line in lines),
@@ -114,8 +122,21 @@ def validate(schema: type[ConfigT], content: Mapping[str, Any], where: str) -> C
         ) from None
 
 
-def _describe(fault: Any, schema: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in fault["loc"]) or "(top level)"
+def _roots(error: ValidationError) -> list[Any]:
+    """Leave out the echoes of a fault in `train` in the arms that inherit that section."""
+    faults = error.errors()
+    shared = {fault["loc"][1:] for fault in faults if fault["loc"][:1] == ("train",)}
+    return [
+        fault
+        for fault in faults
+        if fault["loc"][:1] != ("arms",)
+        or "train" not in fault["loc"]
+        or fault["loc"][fault["loc"].index("train") + 1 :] not in shared
+    ]
+
+
+def _describe(fault: Any, schema: type[BaseModel], tags: Sequence[str]) -> str:
+    path = ".".join(str(part) for part in fault["loc"] if part not in tags) or "(top level)"
     if fault["type"] == "extra_forbidden":
         message = "unknown key"
         near = difflib.get_close_matches(str(fault["loc"][-1]), _known_keys(schema), n=1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -79,18 +78,19 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-@contextmanager
-def joined(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[Processes]:
-    """Join the process group that the environment describes, and leave it at the end.
+def join(device: str = "auto", timeout_minutes: float = 10.0) -> Processes:
+    """Join the process group that the environment describes; it is left when the process ends.
+
+    DeepSpeed keeps references to its first group, so all arms of a process share one.
 
     A process that was not started by a launcher is a group of one. DeepSpeed finds the group
     already made, so it never tries MPI, and never compiles its shared-memory collective: that
     takes about 45 s with a compiler, and a killed build leaves a lock on which every later run
     waits for ever.
     """
-    from slurm.env import launched_by_slurm, rank_environment
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        from slurm.env import rank_environment
 
-    if "RANK" not in os.environ and launched_by_slurm(os.environ):
         os.environ.update(rank_environment(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -101,22 +101,17 @@ def joined(device: str = "auto", timeout_minutes: float = 10.0) -> Iterator[Proc
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    if world_size > 1:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    try:
-        yield Processes(rank, world_size, local_rank, chosen)
-    finally:
+    if not dist.is_initialized():
+        if world_size > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+        atexit.register(_leave)
+    return Processes(rank, world_size, local_rank, chosen)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
-        _forget_group()
-
-
-def _forget_group() -> None:
-    """Make DeepSpeed forget a destroyed group, so that the next arm can make its own."""
-    import sys
-
-    if "deepspeed" in sys.modules:
-        sys.modules["deepspeed"].comm.comm.cdb = None

@@ -1,0 +1,195 @@
+"""An experiment: data, arms, training and evaluation, as one strict and documented schema.
+
+`pipeline.graph` turns it into stages; `pipeline.runner` runs them here, `slurm` on a cluster.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from data_prep.errors import UserError
+from data_prep.files import atomic_write
+from data_prep.scenes import ScenesConfig
+from eval.suite import Suite
+from pipeline.config import Strict, apply_overrides, read_yaml, validate
+from pipeline.models import read_architecture
+from pipeline.objectives import ObjectiveConfig
+from pipeline.train.settings import TrainSettings, merged
+
+ARM_KINDS = ("pretrained", "scratch", "inherited")
+INHERIT_ARMS = ("activation", "svd", "paper", "random", "no_gate", "symmetric")
+
+
+class DataSettings(Strict):
+    """Where the training pairs come from."""
+
+    scenes: ScenesConfig | None = Field(
+        None, description="render the embedded data set instead of reading shards from `root`"
+    )
+    root: Path | None = Field(None, description="folder of the shards; also of evaluation sets")
+    train: str | list[str] = Field(..., description="training shards: names with {0..9} or globs")
+    expected_samples: int | None = Field(
+        None, ge=1, description="official number of pairs; a shortfall is named, never hidden"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSettings:
+        if self.scenes is None and self.root is None:
+            raise ValueError("give root (a folder of shards) or scenes (the embedded data)")
+        return self
+
+
+class PretrainedArm(Strict):
+    """A trained model from outside; it is measured, and other arms learn from it."""
+
+    kind: Literal["pretrained"]
+    weights: str = Field(..., description="ARCHITECTURE:TAG, ARCHITECTURE:FILE or a checkpoint")
+
+
+class ScratchArm(Strict):
+    """A model trained from random weights, with or without a teacher's help."""
+
+    kind: Literal["scratch"]
+    model: str | dict[str, Any] = Field(
+        ..., description="open_clip name, JSON file beside this one, or the configuration itself"
+    )
+    objective: ObjectiveConfig = ObjectiveConfig.model_validate("task")
+    teacher: str | None = Field(None, description="arm to distil from")
+    train: TrainSettings
+
+
+class InheritedArm(Strict):
+    """A smaller descendant built from the teacher's own weights, then fine-tuned."""
+
+    kind: Literal["inherited"]
+    teacher: str = "teacher"
+    budget: str = Field("params=0.4", description="params=, macs=, latency= or fidelity= share")
+    heads: int = Field(3, ge=1, le=16, description="up projections per layer")
+    init: Literal[
+        "activation", "svd", "paper", "random", "no_gate", "symmetric"
+    ] = "activation"
+    options: dict[str, Any] = Field({}, description="further arguments of inherit()")
+    calibration: int = Field(512, ge=0, description="training pairs seen before any training")
+    objective: ObjectiveConfig = ObjectiveConfig.model_validate("task")
+    train: TrainSettings
+
+    @field_validator("budget")
+    @classmethod
+    def _budget(cls, budget: str) -> str:
+        match = re.fullmatch(r"(params|macs|latency|fidelity)=([0-9.eE+-]+)", budget)
+        try:
+            share = float(match[2]) if match else None
+        except ValueError:
+            share = None
+        if match is None or share is None:
+            raise ValueError("a budget reads params=0.4 (or macs=, latency=, fidelity=)")
+        if not 0 < share <= 1:
+            raise ValueError(f"the share must be above 0 and at most 1, not {share:g}")
+        return budget
+
+
+Arm = Annotated[PretrainedArm | ScratchArm | InheritedArm, Field(discriminator="kind")]
+
+
+class Experiment(Strict):
+    """One comparison: the arms see the same data, and are measured by the same suite."""
+
+    name: str = Field(..., pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: int = Field(1, ge=1, description="training processes on this machine")
+    data: DataSettings
+    train: TrainSettings = Field(..., description="shared by all arms; an arm may override keys")
+    arms: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], Arm] = Field(
+        ..., min_length=1
+    )
+    eval: Suite
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_train(cls, content: Any) -> Any:
+        """Lay each arm's `train` over the experiment's."""
+        if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
+            return content
+        shared = content.get("train")
+        arms = {}
+        for name, arm in content["arms"].items():
+            if isinstance(arm, dict) and arm.get("kind") in ("scratch", "inherited"):
+                own = arm.get("train") or {}
+                if isinstance(own, dict) and isinstance(shared, dict):
+                    arm = {**arm, "train": merged(shared, own)}
+            arms[name] = arm
+        return {**content, "arms": arms}
+
+    @model_validator(mode="after")
+    def _teachers_exist(self) -> Experiment:
+        for name, arm in self.arms.items():
+            teacher = getattr(arm, "teacher", None)
+            objective = getattr(arm, "objective", None)
+            if teacher is not None and teacher not in self.arms:
+                raise ValueError(
+                    f"arms.{name}.teacher: no arm {teacher!r}; there are {', '.join(self.arms)}"
+                )
+            if objective is not None and objective.needs_teacher and teacher is None:
+                raise ValueError(
+                    f"arms.{name}.teacher: the objective ({', '.join(objective.terms)}) needs one"
+                )
+        _refuse_circles({n: getattr(a, "teacher", None) for n, a in self.arms.items()})
+        return self
+
+    def dump(self) -> str:
+        """Return the resolved configuration as YAML; it can be run itself."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        return yaml.safe_dump(content, sort_keys=False, width=100)
+
+
+def _refuse_circles(teachers: dict[str, str | None]) -> None:
+    for start in teachers:
+        seen, current = [start], teachers[start]
+        while current is not None:
+            if current in seen:
+                raise ValueError(f"arms teach each other in a circle: {' -> '.join([*seen, current])}")
+            seen.append(current)
+            current = teachers[current]
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, override, validate and resolve an experiment.
+
+    Model files become the configurations they hold, and `data.root` becomes absolute, so that the
+    resolved experiment means the same wherever it is run from.
+
+    Raises:
+        UserError: with every fault of the file and of the overrides.
+    """
+    path = Path(path)
+    content = apply_overrides(read_yaml(path), overrides)
+    for name, arm in content.get("arms", {}).items() if _is_map(content.get("arms")) else ():
+        if _is_map(arm) and arm.get("kind") == "scratch" and isinstance(arm.get("model"), str):
+            try:
+                architecture = read_architecture(arm["model"], path.parent)
+            except UserError as error:
+                raise UserError(
+                    error.what, where=f"{path}: arms.{name}.model", todo=error.todo
+                ) from error
+            content["arms"] = {**content["arms"], name: {**arm, "model": architecture}}
+    experiment = validate(Experiment, content, str(path), tags=ARM_KINDS)
+    data = experiment.data
+    if data.root is not None:
+        data = data.model_copy(update={"root": data.root.expanduser().resolve()})
+    return experiment.model_copy(update={"data": data})
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def write_resolved(experiment: Experiment, run: Path) -> None:
+    """Write `config.yaml` into the run folder."""
+    atomic_write(run / "config.yaml", experiment.dump())

@@ -1,0 +1,366 @@
+"""Run an experiment's stages on this machine: skip what is done, redo what changed, stop safely."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.errors import UserError
+from data_prep.files import atomic_write
+from data_prep.reader import ShardSet
+from pipeline.experiment import Experiment, InheritedArm, PretrainedArm, write_resolved
+from pipeline.graph import Graph, Stage
+from pipeline.tracking import duration
+from pipeline.train.signals import INTERRUPTED, RESUME_ME, StopRequested
+
+FAILED = 2
+
+
+def run_experiment(
+    experiment: Experiment, run: Path, only: list[str] | None, say: Console
+) -> int:
+    """Run all stages that are not done; return the process's exit code.
+
+    An arm that fails does not take the others with it: it becomes a marked row of the table.
+
+    Raises:
+        UserError: an arm in `only` does not exist, or the data are missing.
+        StopRequested: a signal stopped a training, which is saved.
+    """
+    check_arms(experiment, only)
+    run.mkdir(parents=True, exist_ok=True)
+    write_resolved(experiment, run)
+    graph = Graph(experiment, run)
+    wanted = graph.wanted(only)
+    graph.fingerprint("data")
+    started, failed, ran = time.time(), {}, 0
+    for stage in wanted:
+        blocked = [name for name in stage.after if name in failed]
+        if blocked and stage.verb != "compare":
+            failed[stage.name] = f"{blocked[0]} failed"
+            _mark_arm(run, stage, "failed", failed[stage.name])
+            continue
+        if graph.is_done(stage.name) and not (stage.verb == "compare" and (ran or failed)):
+            continue
+        try:
+            _run_one(experiment, graph, stage, started, say)
+            ran += 1
+        except UserError as error:
+            if stage.arm is None:
+                raise
+            failed[stage.name] = str(error)
+            _mark_arm(run, stage, "failed", str(error))
+            say.print(f"[red]{stage.name} failed[/]: {error}", highlight=False)
+    if not ran and not failed:
+        say.print(f"Nothing to do: every stage of {run} is finished.", highlight=False)
+    show_result(run, say)
+    return FAILED if failed else 0
+
+
+def _run_one(
+    experiment: Experiment, graph: Graph, stage: Stage, started: float, say: Console
+) -> None:
+    begun = time.time()
+    say.print(f"[bold]{stage.name}[/]", highlight=False)
+    graph.forget(stage.name)
+    if stage.verb == "compare":
+        _write_run_info(graph.run, started)
+    if stage.verb == "train" and experiment.processes > 1:
+        _launch(graph.run, str(stage.arm), experiment.processes)
+    else:
+        stage_here(experiment, graph, stage, say)
+    seconds = time.time() - begun
+    if stage.verb == "compare" and any(not graph.is_done(name) for name in stage.after):
+        return  # a table with holes is shown, but not final
+    graph.mark_done(stage.name, seconds)
+    if stage.arm:
+        (graph.run / "arms" / stage.arm / "status.json").unlink(missing_ok=True)
+    say.print(f"  done in {duration(seconds)}", style="dim", highlight=False)
+
+
+def stage_here(experiment: Experiment, graph: Graph, stage: Stage, say: Console) -> None:
+    """Run one stage in this process."""
+    from pipeline.stages import Workplace, run_stage
+
+    def line(text: str) -> None:
+        say.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+
+    run_stage(Workplace(experiment, graph, line), stage)
+
+
+def run_single(experiment: Experiment, run: Path, name: str, say: Console) -> int:
+    """Run exactly one stage, whose inputs must be there: what a SLURM job or a rank does.
+
+    Raises:
+        UserError: no such stage, or an earlier stage is not done.
+    """
+    from pipeline.train.signals import StopRequested
+
+    graph = Graph(experiment, run)
+    if name not in graph.stages:
+        raise UserError(
+            f"no stage {name!r}", todo=f"stages of this run: {', '.join(graph.stages)}"
+        )
+    stage = graph.stages[name]
+    main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if graph.is_done(name) and name != "compare":
+        if main:
+            say.print(f"{name} is finished already", highlight=False)
+        return 0
+    missing = [earlier for earlier in stage.after if not graph.is_done(earlier)]
+    if missing and stage.verb != "compare":
+        raise UserError(
+            f"{name} needs {', '.join(missing)} first",
+            where=str(run),
+            todo="run `inherclip run` on the same configuration, or these stages one by one",
+        )
+    begun = time.time()
+    if main:
+        graph.run.mkdir(parents=True, exist_ok=True)
+        if not (run / "config.yaml").is_file():
+            write_resolved(experiment, run)
+        _mark_arm(run, stage, "running", "")
+        if stage.verb == "compare":
+            _write_run_info(run, begun)
+    try:
+        stage_here(experiment, graph, stage, say)
+    except UserError as error:
+        if main:
+            _mark_arm(run, stage, "failed", str(error))
+        raise
+    except StopRequested:
+        raise
+    except Exception as error:
+        if main:
+            _mark_arm(run, stage, "failed", f"{type(error).__name__}: {error}")
+        raise
+    if main and not missing:
+        graph.mark_done(name, time.time() - begun)
+        if stage.arm:
+            (run / "arms" / stage.arm / "status.json").unlink(missing_ok=True)
+    return 0
+
+
+def _launch(run: Path, arm: str, processes: int) -> None:
+    """Train one arm in several processes of this machine through torchrun.
+
+    Raises:
+        UserError: the processes failed; their output was shown above.
+        StopRequested: they saved and stopped on a signal.
+    """
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={processes}", "-m", "pipeline.cli",
+        "train", str(run / "config.yaml"), "--arm", arm, "--out", str(run),
+    ]  # fmt: skip
+    child = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        code = child.wait()  # the terminal sent the signal to the ranks too: they save and stop
+        raise
+    marker = run / "arms" / arm / "stopped.json"
+    if marker.is_file():
+        stopped = json.loads(marker.read_text())
+        marker.unlink()
+        raise StopRequested(stopped["code"], stopped["step"])
+    if code:
+        raise UserError(
+            f"training {arm} in {processes} processes ended with code {code}",
+            where=shlex.join(command[3:]),
+            todo="the reason stands above; the same command continues from the last checkpoint",
+        )
+
+
+def check_arms(experiment: Experiment, only: list[str] | None) -> None:
+    """Refuse names that are no arms of the experiment."""
+    unknown = [name for name in only or [] if name not in experiment.arms]
+    if unknown:
+        raise UserError(
+            f"no arm {unknown[0]!r}", todo=f"arms: {', '.join(experiment.arms)}"
+        )
+
+
+def _mark_arm(run: Path, stage: Stage, state: str, reason: str) -> None:
+    if stage.arm:
+        status = {"stage": stage.name, "state": state, "reason": reason}
+        atomic_write(run / "arms" / stage.arm / "status.json", json.dumps(status) + "\n")
+
+
+def _write_run_info(run: Path, started: float) -> None:
+    """Write `run.json`: what the report says about where and how long the run took."""
+    stages = {}
+    for path in sorted((run / "stages").glob("*.json")):
+        marker = json.loads(path.read_text())
+        stages[marker["stage"]] = marker["seconds"]
+    info = {
+        "command": "inherclip " + shlex.join(sys.argv[1:]),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+        "seconds": round(sum(stages.values()), 1),
+        "stages": stages,
+        "hardware": _hardware(),
+    }
+    atomic_write(run / "run.json", json.dumps(info, indent=1) + "\n")
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"{len(os.sched_getaffinity(0))} CPU cores ({platform.machine()}), no GPU"
+
+
+def show_result(run: Path, say: Console) -> None:
+    """Print the comparison table and where the report lies."""
+    table = run / "compare.md"
+    if table.is_file():
+        say.print()
+        say.print(table.read_text().rstrip(), markup=False, highlight=False, soft_wrap=True)
+        say.print(f"\nreport: {run / 'report.html'}", highlight=False)
+
+
+def dry_run(experiment: Experiment, run: Path, only: list[str] | None, say: Console) -> int:
+    """Print stage by stage what would run and what is missing; return 2 if anything is."""
+    check_arms(experiment, only)
+    graph = Graph(experiment, run)
+    missing = find_missing(experiment, graph)
+    samples = _samples(experiment, graph)
+    table = Table("stage", "state", "samples", "steps", "processes", "reads", title=str(run))
+    for stage in graph.wanted(only):
+        state = "to do"
+        if not missing:
+            state = "done" if graph.is_done(stage.name) else "to do"
+        elif stage.verb in ("data", "obtain"):
+            state = "inputs missing" if _concerns(stage, missing) else "to do"
+        table.add_row(
+            stage.name, state, *_size(experiment, stage, samples), ", ".join(stage.after) or "-"
+        )
+    say.print(table)
+    for line in _facts(experiment, samples):
+        say.print(line, highlight=False, markup=False, soft_wrap=True)
+    if missing:
+        say.print("\nMissing:", style="bold red")
+        for what, todo in missing.values():
+            say.print(f"  {what}\n    -> {todo}", highlight=False, markup=False, soft_wrap=True)
+        return FAILED
+    say.print("\nNothing is missing.", highlight=False)
+    return 0
+
+
+def _concerns(stage: Stage, missing: dict[str, tuple[str, str]]) -> bool:
+    if stage.verb == "data":
+        return any(key.startswith(("train", "set:")) for key in missing)
+    return f"arm:{stage.arm}" in missing
+
+
+def find_missing(experiment: Experiment, graph: Graph) -> dict[str, tuple[str, str]]:
+    """Return what is not here, as {place: (what, what to do)}: shards, evaluation sets, weights."""
+    missing: dict[str, tuple[str, str]] = {}
+    if experiment.data.scenes is None:
+        try:
+            ShardSet.find(graph.data_root, experiment.data.train)
+        except UserError as error:
+            missing["train"] = (f"training shards: {error.where or ''} {error.what}", error.todo)
+        for item in experiment.eval.with_root(graph.data_root).sets:
+            try:
+                item.open()
+            except UserError as error:
+                what = f"evaluation set {item.name}: {error.where or ''} {error.what}"
+                missing[f"set:{item.name}"] = (what, error.todo)
+    for name, arm in experiment.arms.items():
+        if isinstance(arm, PretrainedArm):
+            from pipeline.teachers import missing_weights
+
+            lacking = missing_weights(arm.weights)
+            if lacking:
+                todo = "they are downloaded on the first run where there is internet access"
+                missing[f"arm:{name}"] = (f"arm {name}: {lacking}", todo)
+    if experiment.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            missing["device"] = (
+                "a GPU (device: cuda)", "run on a GPU node, or submit with `inherclip submit`"
+            )  # fmt: skip
+    return missing
+
+
+def _samples(experiment: Experiment, graph: Graph) -> int | None:
+    data = experiment.data
+    if data.scenes is not None:
+        return data.scenes.train
+    try:
+        return ShardSet.find(graph.data_root, data.train).num_samples
+    except UserError:
+        return data.expected_samples
+
+
+def _size(experiment: Experiment, stage: Stage, samples: int | None) -> tuple[str, str, str]:
+    known = f"{samples:,}" if samples else "?"
+    if stage.verb == "data":
+        return known, "-", "1"
+    if stage.verb == "train":
+        train = experiment.arms[str(stage.arm)].train  # type: ignore[union-attr]
+        return (
+            f"{train.steps * train.batch_size:,}", f"{train.steps:,}", str(experiment.processes)
+        )  # fmt: skip
+    if stage.verb == "inherit":
+        arm = experiment.arms[str(stage.arm)]
+        assert isinstance(arm, InheritedArm)
+        return f"{arm.calibration:,}", "-", "1"
+    return "-", "-", "1"
+
+
+def _facts(experiment: Experiment, samples: int | None) -> list[str]:
+    """Return what a reader would otherwise work out by hand: epochs and sizes per arm."""
+    lines = []
+    for name, arm in experiment.arms.items():
+        if isinstance(arm, PretrainedArm):
+            lines.append(f"{name}: {arm.weights}, not trained")
+            continue
+        train = arm.train
+        epochs = f", {train.steps * train.batch_size / samples:.1f} epochs" if samples else ""
+        what = (
+            f"budget {arm.budget}, {arm.heads} heads, init {arm.init}"
+            if isinstance(arm, InheritedArm)
+            else f"{_count(arm.model) / 1e6:.2f} M parameters"
+        )
+        losses = " + ".join(
+            f"{term.weight:g} {loss}" if term.weight != 1 else loss
+            for loss, term in arm.objective.terms.items()
+        )
+        lines.append(
+            f"{name}: {what}; {losses}; {train.steps:,} steps of {train.batch_size:,}{epochs}"
+        )
+    return lines
+
+
+def _count(architecture: object) -> int:
+    """Return the parameters of an architecture without allocating them."""
+    import torch
+
+    from pipeline.models import build, parameters
+
+    assert isinstance(architecture, dict)
+    with torch.device("meta"):
+        return parameters(build(architecture))
+
+
+__all__ = [
+    "INTERRUPTED",
+    "RESUME_ME",
+    "StopRequested",
+    "dry_run",
+    "run_experiment",
+    "run_single",
+]
