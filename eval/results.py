@@ -104,13 +104,14 @@ class RunResult:
 
     @property
     def reference(self) -> str | None:
-        """The arm that others are compared with: the teacher."""
+        """The arm that others are compared with: the one inherited from, else `teacher`."""
+        names = [arm.arm for arm in self.arms]
         settings = self.config.get("arms")
-        for arm in self.arms:
-            own = settings.get(arm.arm) if isinstance(settings, dict) else None
-            if arm.arm == "teacher" or (isinstance(own, dict) and own.get("kind") == "teacher"):
-                return arm.arm
-        return None
+        for own in settings.values() if isinstance(settings, dict) else ():
+            if isinstance(own, dict) and own.get("kind") == "inherited":
+                named = own.get("teacher", "teacher")
+                return str(named) if named in names else None
+        return "teacher" if "teacher" in names else None
 
 
 def write_result(

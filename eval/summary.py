@@ -60,9 +60,9 @@ def primary_quality(result: RunResult, lines: Sequence[Line]) -> Primary | None:
         return None
     group = best[0].rpartition("/")[0]
     if f"{group}/i2t_r1" not in names:
-        return Primary((best[0],), f"{group} top-1")
+        return Primary((best[0],), f"top-1 on {group}")
     for k in (1, 5, 10):
-        chosen = Primary((f"{group}/i2t_r{k}", f"{group}/t2i_r{k}"), f"{group} R@{k}")
+        chosen = Primary((f"{group}/i2t_r{k}", f"{group}/t2i_r{k}"), f"R@{k} on {group}")
         values = [chosen.of(line) for line in lines if not line.before]
         if k == 10 or max((value for value in values if value is not None), default=0) >= 0.1:
             return chosen
@@ -85,7 +85,8 @@ def headline(result: RunResult, lines: Sequence[Line]) -> Headline:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %" if value < 0.1 else f"{100 * value:.0f} %"
+    shown = f"{100 * value:.1f}" if abs(value) < 0.1 else f"{100 * value:.0f}"
+    return f"{shown}\N{NO-BREAK SPACE}%"
 
 
 def _ranking(primary: Primary, finals: Sequence[Line]) -> Headline:
@@ -121,7 +122,8 @@ def _inheritance(primary: Primary, reference: Line, heir: Line, lines: Sequence[
     ]
     if rivals:
         listed = ", ".join(f"{line.arm} {_percent(value)}" for value, line in rivals)
-        sentence += f"; trained as long without inheritance: {listed}"
+        as_long = heir.steps is not None and all(line.steps == heir.steps for _, line in rivals)
+        sentence += f"; trained {'as long ' if as_long else ''}without inheritance: {listed}"
         value, best = max(rivals, key=lambda pair: pair[0])
         cards.append(Card(f"{100 * (own - value):+.1f}", f"points against {best.arm}"))
     return Headline(f"{sentence}.", tuple(cards))
@@ -149,12 +151,17 @@ def _text(value: Any) -> str:
 
 
 def _data(data: Any) -> str:
-    """Name the data by the plain values of its section, the kind or name first."""
+    """Name the training data: how many rendered scenes, or which shards of which folder."""
     if not isinstance(data, dict):
         return _text(data)
-    first = [str(data[key]) for key in ("name", "kind", "source") if isinstance(data.get(key), str)]
-    rest = [str(data[key]) for key in ("root", "train") if isinstance(data.get(key), (str, int))]
-    return ", ".join(first + rest)
+    scenes = data.get("scenes")
+    if isinstance(scenes, dict):
+        count, side = scenes.get("train"), scenes.get("image_size")
+        size = f" of {side} x {side} pixels" if side else ""
+        return f"{count:,} rendered scenes{size}" if isinstance(count, int) else "rendered scenes"
+    patterns = data.get("train")
+    listed = ", ".join(map(str, patterns)) if isinstance(patterns, list) else _text(patterns)
+    return ", ".join(part for part in (_text(data.get("root")), listed) if part)
 
 
 def _steps(result: RunResult) -> str:

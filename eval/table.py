@@ -34,6 +34,7 @@ class Line:
         state: "done", or why there are no numbers.
         reason: details for people.
         seeds: how many seeds gave numbers.
+        steps: training steps, None where unknown or not the same for all seeds.
         values: metric -> value; empty without a result.
     """
 
@@ -42,6 +43,7 @@ class Line:
     state: str
     reason: str
     seeds: int
+    steps: int | None = None
     values: dict[str, Value] = field(default_factory=dict)
 
     @property
@@ -111,10 +113,12 @@ def summarise(frame: pd.DataFrame) -> list[Line]:
         before = _values(rows, BEFORE)
         done = int((rows["state"] == "done").sum())
         if before:
-            lines.append(Line(str(arm), True, "done", "", len(rows), before | cost))
+            lines.append(Line(str(arm), True, "done", "", len(rows), 0, before | cost))
         lost = rows[rows["state"] != "done"]
         state = "done" if done else str(lost["state"].iloc[0])
-        lines.append(Line(str(arm), False, state, _reasons(rows, lost), done, final))
+        counts = rows["steps"].dropna().unique()
+        steps = int(counts[0]) if len(counts) == 1 else None
+        lines.append(Line(str(arm), False, state, _reasons(rows, lost), done, steps, final))
     return lines
 
 
