@@ -27,10 +27,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with explain_full_disk(path):
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, not only in the machine's memory."""
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+@contextmanager
+def explain_full_disk(path: str | Path) -> Iterator[None]:
+    """Turn "no space left" within the block into a message that names the file.
+
+    Raises:
+        UserError: the disk or the quota is full.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -40,8 +59,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 "finished work is kept",
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:

@@ -8,8 +8,10 @@ again: finished shards are kept, the rest is written as if nothing had happened.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,35 +194,52 @@ def write_tar(
 ) -> ShardEntry:
     """Write one shard atomically and return its manifest entry.
 
-    Members carry no time, user or machine, so identical samples give identical bytes.
-
     Raises:
         UserError: a key that a WebDataset cannot hold or that comes twice, or a full disk.
     """
-    from webdataset import TarWriter
+    with atomic_path(path) as temporary:
+        entry = write_tar_file(samples, temporary, path.name)
+    entry.failures = dict(sorted((failures or {}).items()))
+    return entry
 
+
+def write_tar_file(samples: Iterable[Sample], path: Path, name: str) -> ShardEntry:
+    """Write one shard in place at `path`; the entry is made out to `name`.
+
+    The bytes are those of `webdataset.TarWriter(mtime=0)` (a test compares them): no time, no
+    machine, so identical samples give identical files. Its own import brings torch, 4 s and
+    300 MB to each download process, which is why `tarfile` is called here directly.
+
+    Raises:
+        UserError: a key that a WebDataset cannot hold or that comes twice.
+    """
     keys: set[str] = set()
-    with atomic_path(path) as temporary, temporary.open("wb") as handle:
+    with path.open("wb") as handle:
         stream = _Hashing(handle)
-        with TarWriter(stream, encoder=False, mtime=0, compress=False) as tar:
+        with tarfile.open(fileobj=stream, mode="w|", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
             for sample in samples:
-                _check_sample(sample, keys, path)
-                try:
-                    tar.write({"__key__": sample.key, **sample.files})
-                except ValueError as error:  # a name longer than USTAR can hold
-                    raise UserError(f"cannot store {sample.key!r}: {error}", str(path)) from error
+                _check_sample(sample, keys, name)
+                _add_members(tar, sample, name)
     return ShardEntry(
-        name=path.name,
-        samples=len(keys),
-        bytes=stream.count,
-        sha256=stream.digest.hexdigest(),
-        failures=dict(sorted((failures or {}).items())),
+        name=name, samples=len(keys), bytes=stream.count, sha256=stream.digest.hexdigest()
     )
 
 
-def _check_sample(sample: Sample, keys: set[str], path: Path) -> None:
+def _add_members(tar: tarfile.TarFile, sample: Sample, name: str) -> None:
+    for extension in sorted(sample.files):
+        data = sample.files[extension]
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+        member.size, member.mtime, member.mode = len(data), 0, 0o444
+        member.uname, member.gname = "bigdata", "bigdata"  # as webdataset has them
+        try:
+            tar.addfile(member, io.BytesIO(data))
+        except ValueError as error:  # a name longer than USTAR can hold
+            raise UserError(f"cannot store {sample.key!r}: {error}", name) from error
+
+
+def _check_sample(sample: Sample, keys: set[str], name: str) -> None:
     """Refuse what would be read back as another sample than was written."""
-    where = f"{path.name}, sample {sample.key!r}"
+    where = f"{name}, sample {sample.key!r}"
     if not all(_KEY.match(part) for part in sample.key.split("/")):
         raise UserError("a key needs characters other than dots", where, "rename the sample")
     if sample.key in keys:

@@ -1,0 +1,374 @@
+"""A caption frame with URLs in, checked shards out: concurrent, polite, resumable.
+
+Each process works on some shards at a time with its own threads. A shard is finished when its
+`stats.json` is there; the manifest is written when all shards are. What was killed is continued
+by the same command, shard by shard.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess, parent_process
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from data_prep.captions import CaptionTable
+from data_prep.download_shard import SETTLED, ShardDownloader, ShardFiles, ShardTask, StoreSettings
+from data_prep.errors import UserError
+from data_prep.fetch import Fetcher, FetchSettings
+from data_prep.files import atomic_write, explain_full_disk
+from data_prep.images import near_pairs
+from data_prep.queueing import BUCKETS, HostSlots
+from data_prep.shards import Manifest, ShardEntry, manifest_path, shard_name, to_json
+
+LANES = 2  # shards at a time per process: the slow last rows of one must not idle its threads
+
+
+@dataclass(frozen=True)
+class DownloadPlan:
+    """What to download and how.
+
+    Attributes:
+        table: Captions with a `url` column.
+        folder: Where the shards go.
+        prefix: Shards are `PREFIX-000000.tar`, ...
+        rows_per_shard: Rows of the caption list per shard (dead links make shards smaller).
+        fetch: Bounds of the network.
+        store: How samples are stored.
+        processes: Worker processes; 1 stays in this one.
+        threads: Per process.
+        part: (i, n): only shards i, i + n, ... for the i-th of n jobs of an array, i from 0.
+        retry_failed: Also ask again for the failed rows of finished shards.
+    """
+
+    table: CaptionTable
+    folder: Path
+    prefix: str
+    rows_per_shard: int = 5000
+    fetch: FetchSettings = field(default_factory=FetchSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    processes: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = 64
+    part: tuple[int, int] = (0, 1)
+    retry_failed: bool = False
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole set, over all parts."""
+        return -(-len(self.table) // self.rows_per_shard)
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the bytes of the set; where it lies or how it is fetched does not."""
+        return {
+            "rows": len(self.table),
+            "captions_sha256": self._captions_sha256(),
+            "rows_per_shard": self.rows_per_shard,
+            "respect_opt_out": self.fetch.respect_opt_out,
+            "max_bytes": self.fetch.max_bytes,
+            **json.loads(self.store.model_dump_json()),
+        }
+
+    def _captions_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, len(self.table), 1 << 16):
+            part = self.table.frame.iloc[start : start + (1 << 16)]
+            lists = [list(texts) for texts in part["captions"]]
+            digest.update(to_json([part["key"].tolist(), part["url"].tolist(), lists]))
+        return digest.hexdigest()
+
+    def task(self, number: int) -> ShardTask:
+        """Return the rows of one shard."""
+        part = self.table.frame.iloc[
+            number * self.rows_per_shard : (number + 1) * self.rows_per_shard
+        ]
+        return ShardTask(
+            shard_name(self.prefix, number),
+            part["key"].tolist(),
+            part["url"].tolist(),
+            [list(texts) for texts in part["captions"]],
+            retry=ShardFiles(self.folder, shard_name(self.prefix, number)).stats.is_file(),
+        )
+
+
+@dataclass(frozen=True)
+class DownloadResult:
+    """What a run ended with.
+
+    Attributes:
+        manifest: Of the whole set, None while other parts are unfinished.
+        entries: Of the shards of this part.
+        worked: Shards that were downloaded or retried by this run.
+        missing: Shards of other parts that are not finished.
+    """
+
+    manifest: Manifest | None
+    entries: list[ShardEntry]
+    worked: int
+    missing: int
+
+
+class Progress:
+    """Receives the state of a running download; the command line shows it."""
+
+    def start(self, rows: int) -> None:
+        """Announce how many rows will be asked for."""
+
+    def update(self, rows: int, ok: int, stored: int) -> None:
+        """Report rows finished, rows that gave a sample, and bytes stored, so far."""
+
+
+def download(plan: DownloadPlan, progress: Progress | None = None) -> DownloadResult:
+    """Download the shards of a plan's part, or continue doing so.
+
+    Raises:
+        UserError: the folder holds something else, another run works in it, the disk is full,
+            or a worker process was killed.
+    """
+    progress = progress or Progress()
+    index, parts = plan.part
+    if not 0 <= index < parts:
+        raise UserError(f"slice {index}/{parts} does not exist", todo=f"use 0/{parts} and so on")
+    if "url" not in plan.table.frame:
+        raise UserError("the caption list has paths, not URLs", where=plan.table.source)
+    with explain_full_disk(plan.folder):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(plan.folder / f".{plan.prefix}.slice-{index}-of-{parts}.lock"):
+            identity = plan.identity()
+            _check_identity(plan, identity)
+            return _download_part(plan, identity, progress)
+
+
+def _download_part(
+    plan: DownloadPlan, identity: dict[str, Any], progress: Progress
+) -> DownloadResult:
+    index, parts = plan.part
+    todo, done, rows = [], {}, 0
+    for number in range(index, plan.num_shards, parts):
+        files = ShardFiles(plan.folder, shard_name(plan.prefix, number))
+        files.recover()
+        entry = files.entry()
+        failed = 0 if entry is None else _retriable(entry)
+        if entry is None or (plan.retry_failed and failed):
+            todo.append(number)
+            size = min(plan.rows_per_shard, len(plan.table) - number * plan.rows_per_shard)
+            rows += size if entry is None else failed
+        if entry is not None:
+            done[number] = entry
+    if todo:
+        # A manifest beside shards that are being changed would vouch for the wrong bytes.
+        manifest_path(plan.folder, plan.prefix).unlink(missing_ok=True)
+        progress.start(rows)
+        done.update(_run_all(plan, todo, progress))
+    manifest, missing = _finish(plan, identity)
+    return DownloadResult(manifest, [done[n] for n in sorted(done)], len(todo), missing)
+
+
+def _retriable(entry: ShardEntry) -> int:
+    return sum(count for status, count in entry.failures.items() if status not in SETTLED)
+
+
+def _check_identity(plan: DownloadPlan, identity: dict[str, Any]) -> None:
+    """Refuse to mix two sets under one prefix."""
+    path = plan.folder / f".{plan.prefix}.plan.json"
+    if not path.exists():
+        if manifest_path(plan.folder, plan.prefix).exists():
+            raise UserError(
+                f"the folder already holds a set called {plan.prefix!r} from another source",
+                where=str(plan.folder),
+                todo="choose another --out or --prefix",
+            )
+        atomic_write(path, to_json(identity))
+        return
+    try:
+        before = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        before = {}
+    if before != identity:
+        changed = [key for key in identity if before.get(key) != identity[key]]
+        raise UserError(
+            f"the folder holds shards that were made with other {', '.join(changed)}",
+            where=str(plan.folder),
+            todo="repeat the command as it was, choose another --out or --prefix, or delete the "
+            f"{plan.prefix}-* files and {path.name} to start over",
+        )
+
+
+def _finish(plan: DownloadPlan, identity: dict[str, Any]) -> tuple[Manifest | None, int]:
+    """Write the manifest if all shards of all parts are finished."""
+    entries = [
+        ShardFiles(plan.folder, shard_name(plan.prefix, number)).entry()
+        for number in range(plan.num_shards)
+    ]
+    whole = [entry for entry in entries if entry is not None]
+    if len(whole) < len(entries):
+        return None, len(entries) - len(whole)
+    settings = {**identity, "dropped_captions": plan.table.dropped}
+    manifest = Manifest(source=Path(plan.table.source).name, settings=settings, shards=whole)
+    path = manifest_path(plan.folder, plan.prefix)
+    if plan.store.near_duplicates:
+        _flag_near_duplicates(plan)
+    if not path.exists() or path.read_text("utf-8") != manifest.dump():
+        manifest.save(path)
+    return manifest, 0
+
+
+def _flag_near_duplicates(plan: DownloadPlan) -> None:
+    """List images of the set that look like an earlier one, in `PREFIX.near-duplicates.csv`."""
+    frames = [
+        ShardFiles(plan.folder, shard_name(plan.prefix, n)).read_rows()[["key", "status", "phash"]]
+        for n in range(plan.num_shards)
+    ]
+    rows = pd.concat(frames, ignore_index=True)
+    rows = rows[(rows["status"] == "ok") & rows["phash"].notna()].reset_index(drop=True)
+    keys = rows["key"].tolist()
+    lines = ["key,near_duplicate_of,differing_bits"]
+    pairs = near_pairs(rows["phash"].to_numpy(dtype="uint64"))
+    lines += [f"{keys[later]},{keys[earlier]},{gap}" for later, earlier, gap in pairs]
+    path = plan.folder / f"{plan.prefix}.near-duplicates.csv"
+    atomic_write(path, "\n".join(lines) + "\n")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep a second run of the same part out; the lock falls with the process that holds it."""
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another run is working on the same slice of this folder",
+                where=str(path.parent),
+                todo="wait for it, or give the jobs of an array different slices",
+            ) from None
+        yield
+
+
+# ------------------------------------------------------------------------------ worker processes
+
+
+def _run_all(plan: DownloadPlan, numbers: list[int], progress: Progress) -> dict[int, ShardEntry]:
+    """Download shards, in this process or in several."""
+    context = multiprocessing.get_context("spawn")  # threads and TLS do not survive a fork
+    counters = context.Array("q", 3)
+    slots = (context.Array("i", BUCKETS, lock=False), context.Lock())
+    processes = min(plan.processes, len(numbers))
+    tasks: Any = context.Queue(maxsize=processes * LANES)
+    results: Any = context.Queue()
+    settings = (plan.folder, plan.fetch, plan.store, plan.threads)
+    arguments = (settings, slots, counters, tasks, results)
+    workers: list[BaseProcess] = []
+    stop = threading.Event()
+    if processes > 1:
+        workers = [
+            context.Process(target=_worker, args=arguments, daemon=True) for _ in range(processes)
+        ]
+        for worker in workers:
+            worker.start()
+    else:
+        threading.Thread(target=_lanes, args=arguments, daemon=True).start()
+
+    def feed() -> None:
+        for item in [*numbers, *[None] * (processes * LANES)]:
+            task = None if item is None else (item, plan.task(item))
+            while not stop.is_set():
+                try:
+                    tasks.put(task, timeout=0.5)
+                    break
+                except queue.Full:
+                    continue
+
+    threading.Thread(target=feed, daemon=True).start()
+    try:
+        return _collect(len(numbers), results, workers, lambda: progress.update(*counters[:]))
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.kill() if worker.is_alive() else worker.join()
+        tasks.cancel_join_thread()
+        results.cancel_join_thread()
+
+
+def _collect(
+    count: int, results: Any, workers: list[BaseProcess], report: Callable[[], None]
+) -> dict[int, ShardEntry]:
+    """Wait for the shards, reporting twice a second, and notice a worker that was killed."""
+    done: dict[int, ShardEntry] = {}
+    while len(done) < count:
+        try:
+            number, outcome = results.get(timeout=0.5)
+        except queue.Empty:
+            report()
+            dead = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
+            if dead:
+                signal_ = f"signal {-dead[0]}" if dead[0] and dead[0] < 0 else f"code {dead[0]}"
+                raise UserError(
+                    f"a worker process ended with {signal_}",
+                    todo="if the machine ran out of memory, use fewer --processes or a smaller "
+                    "--rows-per-shard; the same command continues",
+                ) from None
+            continue
+        if isinstance(outcome, BaseException):
+            raise outcome
+        done[number] = outcome
+    report()
+    return done
+
+
+def _worker(*arguments: Any) -> None:
+    """Work in a process of its own; it ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+
+    def follow() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    _lanes(*arguments)
+
+
+def _lanes(settings: Any, slots: Any, counters: Any, tasks: Any, results: Any) -> None:
+    """Run shards side by side until the queue says that there are no more."""
+    folder, fetch, store, threads = settings
+    fetcher = Fetcher(fetch)
+    places = HostSlots(fetch.per_host, *slots)
+    each = max(1, threads // LANES)
+    downloader = ShardDownloader(folder, fetcher, store, places, counters, each)
+
+    def lane() -> None:
+        while (task := tasks.get()) is not None:
+            number, shard = task
+            try:
+                results.put((number, downloader.run(shard)))
+            except BaseException as error:
+                results.put((number, _portable(error)))
+
+    lanes = [threading.Thread(target=lane, daemon=True) for _ in range(LANES)]
+    for thread in lanes:
+        thread.start()
+    for thread in lanes:
+        thread.join()
+    results.close()
+    results.join_thread()
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Make an exception that another process can raise, with the place where it happened."""
+    if isinstance(error, UserError):
+        return error
+    import traceback
+
+    return RuntimeError("".join(traceback.format_exception(error)))
