@@ -16,17 +16,16 @@ import platform
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from typing import TYPE_CHECKING, Literal
 
 from pipeline import machine
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 GIGABYTE = 1 << 30
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -69,8 +68,13 @@ class Wanted:
 
 def wanted(repository: Path = REPOSITORY) -> Wanted:
     """Read the version ranges from `pyproject.toml`, or else from the installed package."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
     file = repository / "pyproject.toml"
-    if file.is_file() and (project := tomllib.loads(file.read_text())["project"]):
+    if file.is_file():
+        project = tomllib.loads(file.read_text())["project"]
         extras = {
             name: [Requirement(line) for line in lines]
             for name, lines in project.get("optional-dependencies", {}).items()
@@ -102,10 +106,11 @@ def read_constraints(repository: Path = REPOSITORY) -> dict[str, str] | None:
 
 def check_python(wanted_range: str) -> Finding:
     """Compare the interpreter with the range the project supports."""
-    version = platform.python_version()
+    from packaging.specifiers import SpecifierSet
+
+    version, remedy = platform.python_version(), f"make an environment with Python {wanted_range}"
     if SpecifierSet(wanted_range).contains(version, prereleases=True):
         return Finding("python", "OK", f"{version}, {sys.executable}")
-    remedy = f"make a virtual environment with Python {wanted_range}"
     return Finding("python", "missing", f"{version} is not {wanted_range}", remedy, needed=True)
 
 
@@ -139,6 +144,8 @@ def _check_package(package: Requirement, tested: str | None) -> Finding:
 
 def check_torchvision_fits() -> Finding | None:
     """Compare torch with what torchvision was built for: a wrong pair cannot be imported at all."""
+    from packaging.requirements import Requirement
+
     torch, torchvision = _version("torch"), _version("torchvision")
     if torch is None or torchvision is None:
         return None  # reported above
@@ -196,9 +203,8 @@ def check_gpu(gpus: machine.Gpus) -> Finding:
             for name, size in zip(gpus.names, gpus.memory, strict=True)
         )
         detail = f"{sizes}; CUDA {gpus.built_for}; bf16 {'yes' if gpus.bf16 else 'no'}"
-        if gpus.bf16:
-            return Finding("gpu", "OK", detail)
-        return Finding("gpu", "warning", detail, "train in fp32: bf16 would be emulated")
+        remedy = "train in fp32: bf16 would be emulated"
+        return Finding("gpu", "OK" if gpus.bf16 else "warning", detail, remedy)
     if shutil.which("nvidia-smi"):
         if gpus.built_for is None:
             detail, remedy = "torch was built without CUDA", "install a CUDA build of torch"
@@ -221,10 +227,9 @@ def check_memory(found: machine.Memory | None) -> Finding:
     owner = "control group" if found.limited else "machine"
     available, total = found.available / GIGABYTE, found.total / GIGABYTE
     detail = f"{available:.1f} GB free of {total:.1f} GB ({owner})"
-    if found.available >= 4 * GIGABYTE:
-        return Finding("memory", "OK", detail)
     remedy = "close other programs, or ask for 4 GB or more; smaller train.batch_size needs less"
-    return Finding("memory", "warning", detail, remedy)
+    enough = found.available >= 4 * GIGABYTE
+    return Finding("memory", "OK" if enough else "warning", detail, remedy)
 
 
 def check_disk(folder: Path) -> Finding:
@@ -281,8 +286,8 @@ def check_slurm() -> Finding:
     found = shutil.which("sinfo") and shutil.which("sbatch")
     if found:
         return Finding("slurm", "OK", found)
-    remedy = "on a cluster: log in to a submit node, or load its SLURM module"
-    return Finding("slurm", "missing", "not here, only needed for `inherclip submit`", remedy)
+    why = "not here, only needed for `inherclip submit`"
+    return Finding("slurm", "missing", why, "log in to a submit node, or load its SLURM module")
 
 
 def check_limits(shared_memory: Path = Path("/dev/shm")) -> Iterator[Finding]:
@@ -333,7 +338,7 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Print the findings; return 1 when something needed is missing, else 0."""
-    findings = examine(args.out)
+    findings = [replace(f, remedy="") if f.status == "OK" else f for f in examine(args.out)]
     faults = [finding for finding in findings if finding.fatal]
     if args.json:
         print(json.dumps({"ok": not faults, "findings": list(map(asdict, findings))}, indent=2))
@@ -346,7 +351,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def _print_lines(findings: list[Finding]) -> None:
     for finding in findings:
-        remedy = f" -> {finding.remedy}" if finding.status != "OK" and finding.remedy else ""
+        remedy = f" -> {finding.remedy}" if finding.remedy else ""
         print(f"{_label(finding):<18} {finding.name}: {finding.detail}{remedy}")
 
 
@@ -359,8 +364,8 @@ def _print_table(findings: list[Finding]) -> None:
     table = Table("", "what", "found", "remedy", box=None, header_style="dim")
     for finding in findings:
         style = "bold red" if finding.fatal else colours[finding.status]
-        remedy = finding.remedy if finding.status != "OK" else ""
-        cells = (Text(cell, overflow="fold") for cell in (finding.name, finding.detail, remedy))
+        texts = (finding.name, finding.detail, finding.remedy)
+        cells = (Text(text, overflow="fold") for text in texts)
         table.add_row(Text(_label(finding), style=style), *cells)
     Console().print(table)
 

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_prep.errors import UserError
+
 MAX_SCALE = 100.0
 
 
@@ -128,11 +130,15 @@ def mask_patches(
         generator: On the CPU, so that every device hides the same patches.
 
     Raises:
-        ValueError: The image is not a whole number of patches.
+        UserError: The image is not a whole number of patches.
     """
     height, width = images.shape[-2:]
     if height % patch or width % patch:
-        raise ValueError(f"images of {height}x{width} pixels are not whole patches of {patch}")
+        raise UserError(
+            f"images of {height}x{width} pixels are not whole patches of {patch}",
+            where="objective.mfd.patch",
+            todo="give a divisor of the image size, such as the patch size of a ViT student",
+        )
     grid = (height // patch, width // patch)
     hidden = round(ratio * grid[0] * grid[1])
     order = torch.rand(len(images), grid[0] * grid[1], generator=generator).argsort(dim=1)

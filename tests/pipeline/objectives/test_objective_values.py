@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from data_prep.errors import UserError
 from pipeline.objectives import REGISTRY, Features, Objective, bounded_scale, build
 from pipeline.objectives import mask_patches as hide
 
@@ -284,7 +285,7 @@ def test_masks_hide_whole_patches_in_the_asked_number(
 
 
 def test_masks_refuse_partial_patches_and_views_come_from_the_objective() -> None:
-    with pytest.raises(ValueError, match="whole patches of 16"):
+    with pytest.raises(UserError, match="whole patches of 16"):
         hide(torch.ones(1, 3, 40, 40), 0.75, 16)
     module = build({"mfd": {"patch": 8}, "fd": 1}, D, D)
     views = module.view_images(torch.ones(2, 3, 32, 32), torch.Generator().manual_seed(0))
