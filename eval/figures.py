@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -16,6 +17,8 @@ matplotlib.use("Agg")  # before pyplot: a machine without a display must do
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+Arguments = ParamSpec("Arguments")
 
 SERIES = (
     "#475569", "#0f8a72", "#c2571a", "#7c4dbd", "#1d6fb8", "#a8325e", "#8a6d0b", "#4d7c0f",
@@ -48,38 +51,52 @@ class Point:
     before: bool = False
 
 
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "legend.fontsize": 9,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+"""Matplotlib settings of every figure; colours are those that the page replaces."""
+
+
+def _styled(draw: Callable[Arguments, str]) -> Callable[Arguments, str]:
+    """Let a function draw in our style whatever the user's matplotlibrc says."""
+
+    @wraps(draw)
+    def drawn(*args: Arguments.args, **kwargs: Arguments.kwargs) -> str:
+        with plt.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",  # text stays text: sharp, selectable, in the page's font
-        "svg.hashsalt": "inherclip",  # the same numbers give the same file
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 10,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.7,
-        "text.color": INK,
-        "xtick.color": GRID,
-        "ytick.color": GRID,
-        "xtick.labelcolor": MUTED,
-        "ytick.labelcolor": MUTED,
-        "legend.frameon": False,
-        "lines.linewidth": 1.8,
-    }
-    with plt.rc_context(settings):
-        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     return figure, axes
 
 
 def _svg(figure: Figure, title: str) -> str:
     """Return the figure as one <svg> element without prolog, metadata or background."""
     stream = io.StringIO()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    # The salt makes ids differ between the figures of a page, and equal for equal numbers.
+    with plt.rc_context({"svg.hashsalt": title}):
         figure.savefig(
             stream,
             format="svg",
@@ -125,6 +142,7 @@ def curve(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> np.ndar
     return np.empty((0, 2))
 
 
+@_styled
 def learning_curves(logs: Mapping[str, tuple[int, np.ndarray]], ylabel: str) -> str:
     """Draw a curve per arm: faint as logged, strong smoothed.
 
@@ -141,10 +159,11 @@ def learning_curves(logs: Mapping[str, tuple[int, np.ndarray]], ylabel: str) -> 
         axes.plot(*_thin(steps, smooth(values, len(values) // 40)), color=shade, label=arm)
     axes.set_xlabel("step")
     axes.set_ylabel(ylabel)
-    axes.legend(fontsize=9)
+    axes.legend()
     return _svg(figure, "Learning curves")
 
 
+@_styled
 def quality_against_size(points: Sequence[Point], ylabel: str) -> str:
     """Draw every arm at its size and quality; an arrow leads from before to after training."""
     figure, axes = _figure(4.9, 3.3)
@@ -196,6 +215,7 @@ def _label_points(axes: Axes, points: Sequence[Point]) -> None:
         )
 
 
+@_styled
 def kept_shares(layers: Sequence[tuple[str, str, float]]) -> str:
     """Draw what share of its parameters each layer kept, in network order.
 
@@ -218,5 +238,5 @@ def kept_shares(layers: Sequence[tuple[str, str, float]]) -> str:
     axes.set_xlabel("layer, from input to output")
     axes.set_ylabel("parameters kept (%)")
     axes.grid(axis="x", visible=False)
-    axes.legend(fontsize=9, ncols=min(5, len(kinds)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(ncols=min(5, len(kinds)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _svg(figure, "Parameters kept by each layer")
