@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.errors import UserError
 from data_prep.reader import CorruptSampleError, RawSample, ShardSet
 from eval.contracts import Progress, Tokenizer, Transform, encode, evaluating, floating_dtype
+from eval.ranks import join, rank_batches, world_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,6 @@ def _unusable(sample: RawSample, what: str) -> UserError:
 
 @dataclass(frozen=True)
 class _Item:
-    image: Tensor
     key: str
     label: int | None
     captions: list[str]
@@ -90,7 +89,7 @@ class _Images(Dataset[Any]):
     def __init__(self, shards: ShardSet, transform: Transform, captions: bool) -> None:
         self.shards, self.transform, self.captions = shards, transform, captions
 
-    def __getitem__(self, index: int) -> _Item | UserError:
+    def __getitem__(self, index: int) -> tuple[Tensor, _Item] | UserError:
         try:
             sample = self.shards.read(index)
         except CorruptSampleError as error:
@@ -99,82 +98,24 @@ class _Images(Dataset[Any]):
             return fault
         try:
             captions = list(sample.captions) if self.captions else []
-            return _Item(self.transform(decode_image(sample)), sample.key, sample.label, captions)
+            image = self.transform(decode_image(sample))
+            return image, _Item(sample.key, sample.label, captions)
         except CorruptSampleError as error:
             return _unusable(sample, str(error))
         except UserError as fault:
             return fault
 
 
-def _collate(items: list[_Item | UserError]) -> tuple[Tensor, list[_Item]] | UserError:
-    good: list[_Item] = []
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-        good.append(item)
-    images = torch.stack([item.image for item in good])
-    # The stacked tensor travels on its own: items keep only what is not an image.
-    rest = [_Item(torch.empty(0), item.key, item.label, item.captions) for item in good]
-    return images, rest
-
-
-def _world() -> tuple[int, int]:
-    """Return (rank, number of ranks): (0, 1) without torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def rank_batches(total: int, batch_size: int, rank: int, world: int) -> list[range]:
-    """Return the batches of one rank: a contiguous run of the whole list of batches.
-
-    Joined in rank order, the ranks' batches are 0..total-1 in order, each index once.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    starts = range(0, total, batch_size)
-    low, high = len(starts) * rank // world, len(starts) * (rank + 1) // world
-    return [range(start, min(start + batch_size, total)) for start in starts[low:high]]
-
-
-def _gather_features(features: Tensor, rows: Sequence[int], device: torch.device) -> Tensor:
-    """Join the ranks' features [n_r, D] to [N, D] on the CPU; `rows` is n_r of every rank."""
-    # NCCL moves GPU tensors only; gloo is happiest with CPU tensors.
-    place = device if "nccl" in str(dist.get_backend()) else torch.device("cpu")
-    padded = torch.zeros(max(rows), features.shape[1], dtype=torch.float32, device=place)
-    padded[: len(features)] = features.to(place)
-    parts = [torch.empty_like(padded) for _ in rows]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count].cpu() for part, count in zip(parts, rows, strict=True)])
-
-
-def _join(
-    features: list[Tensor], rest: list[Any], fault: UserError | None, device: torch.device
-) -> tuple[Tensor, list[Any]]:
-    """Join what all ranks computed; a fault on one rank is raised on every rank.
-
-    Otherwise the others would wait for the missing rank until the collective times out.
-    """
-    _, world = _world()
-    local = torch.cat(features) if features else None
-    if world == 1:
-        if fault is not None:
-            raise fault
-        if local is None:
-            raise UserError("the evaluation set is empty")
-        return local, rest
-    reports: list[Any] = [None] * world
-    width = 0 if local is None else local.shape[1]
-    dist.all_gather_object(reports, (fault, 0 if local is None else len(local), width, rest))
-    for report in reports:
-        if report[0] is not None:
-            raise report[0]
-    widths = max(report[2] for report in reports)
-    if not widths:
-        raise UserError("the evaluation set is empty")
-    mine = torch.zeros(0, widths) if local is None else local
-    joined = _gather_features(mine, [report[1] for report in reports], device)
-    return joined, [item for report in reports for item in report[3]]
+def _collate(
+    samples: list[tuple[Tensor, _Item] | UserError],
+) -> tuple[Tensor, list[_Item]] | UserError:
+    images, items = [], []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        images.append(sample[0])
+        items.append(sample[1])
+    return torch.stack(images), items
 
 
 def _check_finite(features: Tensor, what: str) -> None:
@@ -218,7 +159,7 @@ def embed_images(
             only some samples have a label, or embeddings are not finite.
     """
     device = torch.device(device)
-    rank, world = _world()
+    rank, world = world_of()
     batches = rank_batches(shards.num_samples, batch_size, rank, world)
     loader: Iterable[Any] = DataLoader(
         _Images(shards, transform, captions),
@@ -241,7 +182,7 @@ def embed_images(
             items.extend(batch[1])
             if progress is not None:
                 progress("images", number + 1, len(batches))
-    joined, all_items = _join(features, items, fault, device)
+    joined, all_items = join(features, items, fault, device)
     _check_finite(joined, "image")
     if len(joined) != shards.num_samples:
         raise AssertionError(f"embedded {len(joined)} of {shards.num_samples} images")
@@ -286,7 +227,7 @@ def embed_texts(
         UserError: there are no texts, or embeddings are not finite.
     """
     device = torch.device(device)
-    rank, world = _world()
+    rank, world = world_of()
     batches = rank_batches(len(texts), batch_size, rank, world)
     features: list[Tensor] = []
     with evaluating(model):
@@ -295,6 +236,6 @@ def embed_texts(
             features.append(encode(model, tokens, image=False).cpu())
             if progress is not None:
                 progress("texts", number + 1, len(batches))
-    joined, _ = _join(features, [], None, device)
+    joined, _ = join(features, [], None, device)
     _check_finite(joined, "text")
     return joined

@@ -19,8 +19,9 @@ from data_prep.reader import ShardSet
 from eval import efficiency as cost
 from eval.contracts import Progress, Tokenizer, Transform, check_unique, input_sizes
 from eval.embed import ImageEmbeddings, embed_images, embed_texts
+from eval.ranks import agree
 from eval.retrieval import recalls, retrieval_ranks
-from eval.zero_shot import class_weights, label_ranks, load_classes, top_k
+from eval.zero_shot import ClassList, class_weights, label_ranks, load_classes, top_k
 
 KS = (1, 5, 10)
 """The k of recall@k."""
@@ -153,7 +154,7 @@ class _Run:
         return embed_images(
             self.model,
             self.transform,
-            item.open(),
+            agree(item.open),
             batch_size=self.batch_size,
             device=self.device,
             workers=self.workers,
@@ -214,18 +215,12 @@ def _retrieval(run: _Run, item: EvalSet, result: Evaluation) -> None:
 
 def _zero_shot(run: _Run, item: EvalSet, result: Evaluation) -> None:
     where = f"evaluation set {item.name}"
-    shards = item.open()
-    listed = load_classes(str(item.classes), Path(item.root) if item.root else None)
-    if isinstance(item.subset, str) and item.subset not in listed.subsets:
-        raise UserError(
-            f"the class list has no subset {item.subset!r}",
-            where=where,
-            todo=f"it has: {', '.join(sorted(listed.subsets)) or 'none'}",
-        )
-    subset = listed.subsets[item.subset] if isinstance(item.subset, str) else item.subset
+    listed, subset = agree(lambda: _classes(item))
     images = run.images(item)
     if images.labels is None:
-        raise UserError("no sample has a label", where=f"{where}, {shards.shards[0].name}")
+        raise UserError(
+            "no sample has a label", where=where, todo="give each a .cls or a .json with `label`"
+        )
     weights = class_weights(
         run.model,
         run.tokenizer,
@@ -242,6 +237,20 @@ def _zero_shot(run: _Run, item: EvalSet, result: Evaluation) -> None:
     values = top_k(ranks, classes) | {"images": float(len(ranks)), "classes": float(classes)}
     result.ranks[f"{item.name}/class"] = ranks
     result.metrics |= {f"{item.name}/{name}": value for name, value in values.items()}
+
+
+def _classes(item: EvalSet) -> tuple[ClassList, Sequence[int] | None]:
+    """Return the class list of a zero-shot set and which classes compete (None: all)."""
+    listed = load_classes(str(item.classes), Path(item.root) if item.root else None)
+    if not isinstance(item.subset, str):
+        return listed, item.subset
+    if item.subset not in listed.subsets:
+        raise UserError(
+            f"the class list has no subset {item.subset!r}",
+            where=f"evaluation set {item.name}",
+            todo=f"it has: {', '.join(sorted(listed.subsets)) or 'none'}",
+        )
+    return listed, listed.subsets[item.subset]
 
 
 def _efficiency(run: _Run, result: Evaluation, latency_batch: int, threads: int | None) -> None:

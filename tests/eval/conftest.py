@@ -40,6 +40,11 @@ def model() -> CLIP:
     return tiny_clip()
 
 
+@pytest.fixture
+def make_model() -> Callable[..., CLIP]:
+    return tiny_clip
+
+
 @pytest.fixture(scope="session")
 def transform() -> Transform:
     return image_transform(32, is_train=False)
