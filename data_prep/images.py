@@ -13,7 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # Only formats that photographs come in: others have decoders that run programs or rarely tested
 # code (EPS starts Ghostscript), and these bytes come from strangers.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF")
+    if name in Image.OPEN  # Pillow raises KeyError for what it was built without
+)
 # `max_pixels` is checked below, before pixels are decoded; Pillow's warning at half of its own
 # limit would only fill the logs. (`catch_warnings` is not safe with threads.)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -70,15 +70,14 @@ class RowQueue:
                 while self.later and self.later[0][0] <= now:
                     self.ready.append(heapq.heappop(self.later)[1])
                 row = self._next(now)
+                if row is None:
+                    row = self._unpark(now)
                 if row is not None:
                     return row
                 wait = self.later[0][0] - now if self.later else None
                 if self.parked:
                     wait = _POLL if wait is None else min(wait, _POLL)
                 self.changed.wait(wait)
-                for rows in self.parked.values():
-                    self.ready.append(rows.popleft())
-                self.parked = {host: rows for host, rows in self.parked.items() if rows}
             return None
 
     def _next(self, now: float) -> int | None:
@@ -92,6 +91,16 @@ class RowQueue:
                 return row
             else:
                 self.parked.setdefault(host, deque()).append(row)
+        return None
+
+    def _unpark(self, now: float) -> int | None:
+        """Take a row of a busy host that has a place again, freed here or in another process."""
+        for host, rows in self.parked.items():
+            if self.paused.get(host, 0.0) <= now and self.slots.acquire(host):
+                row = rows.popleft()
+                if not rows:
+                    del self.parked[host]
+                return row
         return None
 
     def again(self, row: int, wait: float, pause_host: bool = False) -> None:
@@ -110,13 +119,7 @@ class RowQueue:
             self._released(row)
 
     def _released(self, row: int) -> None:
-        host = self.hosts[row]
-        self.slots.release(host)
-        rows = self.parked.get(host)
-        if rows:
-            self.ready.appendleft(rows.popleft())
-            if not rows:
-                del self.parked[host]
+        self.slots.release(self.hosts[row])
         if self.open:
             self.changed.notify()
         else:

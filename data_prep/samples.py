@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from data_prep.errors import UserError
@@ -51,21 +51,24 @@ class RawSample:
             raise self._corrupt("no image")
         return data
 
-    @cached_property
+    @property
     def record(self) -> dict[str, Any]:
         """The sample's json, empty where it has none.
 
         Raises:
             CorruptSampleError: the json cannot be read.
         """
-        if "json" not in self.files:
-            return {}
+        found: dict[str, Any] | None = self.__dict__.get("_record")
+        if found is not None:
+            return found
         try:
-            record = json.loads(self.files["json"])
+            record = json.loads(self.files.get("json", b"{}"))
         except ValueError as error:
             raise self._corrupt(f"unreadable json ({error})") from None
         if not isinstance(record, dict):
             raise self._corrupt("the json is no object")
+        # Not functools.cached_property: its lock, in Python 3.11, costs more than the parsing.
+        self.__dict__["_record"] = record
         return record
 
     @property
@@ -100,10 +103,13 @@ class RawSample:
         found = self.record.get("label")
         if found is None and "cls" in self.files:
             found = self.files["cls"].decode("ascii", "replace").strip()
-        try:
-            return None if found is None else int(found)
-        except (TypeError, ValueError):
-            raise self._corrupt(f"label {found!r} is no number") from None
+        if found is None:
+            return None
+        if isinstance(found, int) and not isinstance(found, bool):
+            return found
+        if isinstance(found, str) and re.fullmatch(r"\d+", found):
+            return int(found)
+        raise self._corrupt(f"label {found!r} is no whole number")
 
 
 class CorruptionBudget:

@@ -7,6 +7,7 @@ samples need something quicker, and only regular files, long names and sizes mat
 
 from __future__ import annotations
 
+import mmap
 import os
 import zlib
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ class Member(NamedTuple):
     size: int
 
 
-def parse_members(data: bytes | memoryview, start: int = 0) -> Iterator[Member]:
+def parse_members(data: bytes | mmap.mmap, start: int = 0) -> Iterator[Member]:
     """Yield the regular files of a piece of tar held in memory.
 
     Offsets are relative to `data`.
@@ -50,7 +51,28 @@ def parse_members(data: bytes | memoryview, start: int = 0) -> Iterator[Member]:
     Raises:
         TarDamageError: a header with a wrong checksum, or a member that is cut short.
     """
-    return _walk(_Memory(bytes(data)), start, needs_end=False)
+    return _walk(_Memory(data), start, needs_end=False)
+
+
+def walk_tar(data: mmap.mmap) -> Iterator[Member]:
+    """Yield the regular files of a whole tar that is mapped into memory; see `scan_members`.
+
+    Raises:
+        TarDamageError: as `scan_members`.
+    """
+    return _walk(_Memory(data), 0, needs_end=True)
+
+
+def find_header(data: mmap.mmap, start: int) -> int | None:
+    """Return where the next intact header begins, at or after a byte; None if there is none."""
+    for position in range((start + BLOCK - 1) // BLOCK * BLOCK, len(data) - BLOCK + 1, BLOCK):
+        if data[position + 257 : position + 262] == b"ustar":
+            try:
+                _check_header(data[position : position + BLOCK], position)
+                return position
+            except TarDamageError:
+                continue
+    return None
 
 
 def scan_members(path: str | Path) -> Iterator[Member]:
@@ -65,7 +87,7 @@ def scan_members(path: str | Path) -> Iterator[Member]:
 
 
 class _Memory:
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes | mmap.mmap) -> None:
         self.data, self.size = data, len(data)
 
     def get(self, offset: int, count: int) -> bytes:
@@ -122,7 +144,7 @@ def _walk(source: _Memory | _File, position: int, needs_end: bool) -> Iterator[M
 def _check_header(header: bytes, position: int) -> int:
     """Return the size field of a header whose checksum is right."""
     try:
-        expected = int(header[148:156].split(b"\0")[0].strip() or b"-1", 8)
+        expected = int(header[148:156].strip(b" \0"), 8)
         # The sum of all bytes, the checksum field itself taken as eight blanks. The lower half
         # of Adler-32 is 1 + that sum modulo 65521, and 20 times as quick as adding in Python.
         blanked = header[:148] + b"        " + header[156:]
@@ -130,7 +152,7 @@ def _check_header(header: bytes, position: int) -> int:
             raise ValueError
         if header[124] & 0x80:  # GNU base-256, for members of 8 GiB and more
             return int.from_bytes(header[125:136], "big")
-        return int(header[124:136].split(b"\0")[0].strip() or b"0", 8)
+        return int(header[124:136].strip(b" \0") or b"0", 8)
     except ValueError:
         for magic, name in _COMPRESSED.items():
             if position == 0 and header.startswith(magic):
@@ -141,10 +163,9 @@ def _check_header(header: bytes, position: int) -> int:
 
 def _name(header: bytes) -> str:
     name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0":  # old GNU tar keeps other things in the prefix field
-        prefix = header[345:500].split(b"\0", 1)[0]
-        if prefix:
-            name = prefix + b"/" + name
+    # Old GNU tar keeps other things in the prefix field.
+    if header[345] and header[257:263] == b"ustar\0":
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
 
