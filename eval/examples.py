@@ -5,14 +5,13 @@ Which queries are shown depends on the set alone, so that the arms of a run can 
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from data_prep.files import atomic_path, atomic_write
@@ -21,6 +20,42 @@ from eval.contracts import Progress, Tokenizer, Transform
 from eval.embed import decode_image
 from eval.retrieval import nearest
 from eval.suite import Embedded, EvalSet, embed_set
+
+
+class Answer(BaseModel):
+    """One thing that was found: an image (`key`, thumbnail `image`) or a caption (`text`)."""
+
+    key: str
+    image: str = ""
+    text: str = ""
+    score: float
+    right: bool
+
+
+class Query(BaseModel):
+    """One query and its nearest answers, best first.
+
+    Attributes:
+        key: the image that asks, or that is the right answer.
+        image: its thumbnail, relative to the arm's folder.
+        text: the caption that asks; empty where an image asks.
+        results: what was found.
+    """
+
+    key: str
+    image: str
+    text: str = ""
+    results: list[Answer]
+
+
+class Examples(BaseModel):
+    """The content of `examples.json`."""
+
+    set: str
+    images: int
+    captions: int
+    text_to_image: list[Query]
+    image_to_text: list[Query]
 
 
 def write_examples(
@@ -85,15 +120,24 @@ def write_examples(
     gallery = _Gallery(embedded, eval_set.open(), Path(folder), thumbnail)
     queries = choose(len(embedded.images.keys), 2 * count, seed)
     half = (len(queries) + 1) // 2
-    content = {
-        "set": eval_set.name,
-        "images": len(embedded.images.keys),
-        "captions": len(embedded.text),
-        "text_to_image": [gallery.text_to_image(index, k) for index in queries[:half]],
-        "image_to_text": [gallery.image_to_text(index, k) for index in queries[half:]],
-    }
-    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    shown = Examples(
+        set=eval_set.name,
+        images=len(embedded.images.keys),
+        captions=len(embedded.text),
+        text_to_image=[gallery.text_to_image(index, k) for index in queries[:half]],
+        image_to_text=[gallery.image_to_text(index, k) for index in queries[half:]],
+    )
+    atomic_write(path, shown.model_dump_json(indent=1, exclude_defaults=True) + "\n")
     return path
+
+
+def read_examples(folder: str | Path) -> Examples | None:
+    """Read `examples.json` of an arm; None where there is none, or none that can be read."""
+    path = Path(folder) / "examples.json"
+    try:
+        return Examples.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def choose(total: int, count: int, seed: int) -> list[int]:
@@ -111,8 +155,8 @@ class _Gallery:
         self.shards, self.folder, self.side = shards, folder, side
         self.shown: set[int] = set()
 
-    def _picture(self, index: int) -> dict[str, Any]:
-        """Write the thumbnail of an image once; returns its key and relative path."""
+    def _picture(self, index: int) -> str:
+        """Write the thumbnail of an image once; returns its path relative to the arm's folder."""
         name = f"examples/{index}.jpg"
         if index not in self.shown:
             image = decode_image(self.shards.read(index))
@@ -120,27 +164,38 @@ class _Gallery:
             with atomic_path(self.folder / name) as temporary:
                 image.save(temporary, "JPEG", quality=82)
             self.shown.add(index)
-        return {"key": self.images.keys[index], "image": name}
+        return name
 
-    def text_to_image(self, index: int, k: int) -> dict[str, Any]:
+    def text_to_image(self, index: int, k: int) -> Query:
         """Return the images nearest to the first caption of image `index`."""
         query = int((self.owner == index).nonzero()[0])
         scores, found = nearest(self.text[query : query + 1], self.images.features, k)
         results = [
-            self._picture(int(hit)) | {"score": round(float(score), 4), "right": int(hit) == index}
+            Answer(
+                key=self.images.keys[int(hit)],
+                image=self._picture(int(hit)),
+                score=round(float(score), 4),
+                right=int(hit) == index,
+            )
             for score, hit in zip(scores[0], found[0], strict=True)
         ]
-        return {"text": self.texts[query], "answer": self._picture(index), "results": results}
+        return Query(
+            key=self.images.keys[index],
+            text=self.texts[query],
+            image=self._picture(index),
+            results=results,
+        )
 
-    def image_to_text(self, index: int, k: int) -> dict[str, Any]:
+    def image_to_text(self, index: int, k: int) -> Query:
         """Return the captions nearest to image `index`."""
         scores, found = nearest(self.images.features[index : index + 1], self.text, k)
         results = [
-            {
-                "text": self.texts[int(hit)],
-                "score": round(float(score), 4),
-                "right": int(self.owner[hit]) == index,
-            }
+            Answer(
+                key=self.images.keys[int(self.owner[hit])],
+                text=self.texts[int(hit)],
+                score=round(float(score), 4),
+                right=int(self.owner[hit]) == index,
+            )
             for score, hit in zip(scores[0], found[0], strict=True)
         ]
-        return self._picture(index) | {"results": results}
+        return Query(key=self.images.keys[index], image=self._picture(index), results=results)

@@ -122,7 +122,7 @@ def themed(svg: str) -> str:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Return the centred running mean of [T] values; at the ends over what there is."""
-    kernel = np.ones(max(1, window))
+    kernel = np.ones(min(max(1, window), len(values)))
     total = np.convolve(values, kernel, mode="same")
     return np.asarray(total / np.convolve(np.ones(len(values)), kernel, mode="same"))
 

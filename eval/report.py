@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from data_prep.files import atomic_write
 from eval import figures
 from eval.columns import COST, Column, describe, headline_metrics, metric_order
 from eval.compare import compare_arms, ratio, reference_line
+from eval.examples import Examples, Query, read_examples
 from eval.results import ArmResult, RunResult, read_run
 from eval.summary import facts, headline, primary_quality
 from eval.table import Line, load_results, sets, summarise
@@ -156,6 +156,8 @@ def _layers(arm: ArmResult) -> list[dict[str, Any]]:
     listed = (arm.plan or {}).get("layers")
     layers = []
     for layer in listed if isinstance(listed, list) else []:
+        if not isinstance(layer, dict):
+            continue
         before, after = layer.get("params_before"), layer.get("params_after")
         if isinstance(before, (int, float)) and isinstance(after, (int, float)) and before:
             layers.append(
@@ -213,44 +215,32 @@ def _data_uri(path: Path) -> str:
 
 def _examples(result: RunResult) -> dict[str, Any]:
     """Return, per query, what each arm found; queries that not all arms answered are left out."""
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
+    found: dict[str, tuple[Path, Examples]] = {}
     for arm in result.arms:
-        path = arm.folder / "examples.json"
-        if arm.arm in found or not path.is_file():
-            continue
-        try:
-            found[arm.arm] = (arm.folder, json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
-            continue
-    shown = dict(list(found.items())[:EXAMPLE_ARMS])
-    if not shown:
+        read = read_examples(arm.folder)
+        if read is not None and arm.arm not in found and len(found) < EXAMPLE_ARMS:
+            found[arm.arm] = (arm.folder, read)
+    if not found:
         return {}
-    first = next(iter(shown.values()))[1]
-    return {
-        "set": first.get("set", ""),
-        "images": first.get("images"),
-        "captions": first.get("captions"),
-        "text_to_image": _side_by_side(shown, "text_to_image", "text"),
-        "image_to_text": _side_by_side(shown, "image_to_text", "key"),
+    first = next(iter(found.values()))[1]
+    asked = {
+        direction: _side_by_side(
+            {arm: (folder, getattr(read, direction)) for arm, (folder, read) in found.items()}
+        )
+        for direction in ("text_to_image", "image_to_text")
     }
+    return {"set": first.set, "images": first.images, "captions": first.captions, **asked}
 
 
-def _side_by_side(
-    shown: dict[str, tuple[Path, dict[str, Any]]], direction: str, identity: str
-) -> list[dict[str, Any]]:
-    queries: dict[str, dict[str, Any]] = {}
-    for arm, (folder, content) in shown.items():
-        for query in content.get(direction, []):
-            entry = queries.setdefault(
-                str(query[identity]),
-                {
-                    "text": query.get("text", ""),
-                    "image": _data_uri(folder / str(query.get("image", ""))),
-                    "arms": {},
-                },
-            )
+def _side_by_side(found: dict[str, tuple[Path, list[Query]]]) -> list[dict[str, Any]]:
+    """Return queries with the answers of every arm, images as data URIs."""
+    entries: dict[tuple[str, str], dict[str, Any]] = {}
+    for arm, (folder, queries) in found.items():
+        for query in queries:
+            shown = {"text": query.text, "image": _data_uri(folder / query.image), "arms": {}}
+            entry = entries.setdefault((query.key, query.text), shown)
             entry["arms"][arm] = [
-                item | {"image": _data_uri(folder / str(item.get("image", "")))}
-                for item in query["results"]
+                {**answer.model_dump(), "image": _data_uri(folder / answer.image)}
+                for answer in query.results
             ]
-    return [entry for entry in queries.values() if len(entry["arms"]) == len(shown)]
+    return [entry for entry in entries.values() if len(entry["arms"]) == len(found)]

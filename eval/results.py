@@ -111,7 +111,9 @@ class RunResult:
             if isinstance(own, dict) and own.get("kind") == "inherited":
                 named = own.get("teacher", "teacher")
                 return str(named) if named in names else None
-        return "teacher" if "teacher" in names else None
+        # Arms gathered from several runs are called RUN.ARM.
+        teachers = {name for name in names if name.rpartition(".")[2] == "teacher"}
+        return teachers.pop() if len(teachers) == 1 else None
 
 
 def write_result(

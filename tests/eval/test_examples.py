@@ -48,7 +48,7 @@ def test_examples_are_the_nearest_answers(
             assert scores == sorted(scores, reverse=True)
     query = first["text_to_image"][0]
     for answer in query["results"]:
-        assert answer["right"] == (answer["key"] == query["answer"]["key"])
+        assert answer["right"] == (answer["key"] == query["key"])
         with Image.open(tmp_path / "0" / answer["image"]) as thumbnail:
             assert thumbnail.format == "JPEG"
             assert max(thumbnail.size) == 24
