@@ -254,18 +254,18 @@ def check_write(folder: Path) -> Finding:
     return Finding("write access", "OK", str(folder))
 
 
-def check_compiler(needed: bool) -> Finding:
-    """Look for a C++ compiler: DeepSpeed builds its CPU communication at the first run."""
+def check_compiler() -> Finding:
+    """Look for a C++ compiler; only some options of torch and DeepSpeed use it."""
     named = os.environ.get("CXX", "").split()
     found = next(filter(None, map(shutil.which, [*named[:1], "c++", "g++", "clang++"])), None)
     if found:
         return Finding("compiler", "OK", found)
-    why = "no C++ compiler; DeepSpeed builds its CPU communication with one at the first run"
-    return Finding("compiler", "missing", why, "install g++ (Debian: apt install g++)", needed)
+    why = "no C++ compiler, only needed for torch.compile and for offloading by DeepSpeed"
+    return Finding("compiler", "missing", why, "install g++ (Debian: apt install g++)")
 
 
 def check_locks(locks: list[machine.BuildLock], folder: Path) -> Iterator[Finding]:
-    """Report build locks: for one left by a killed build, a run waits silently and for ever."""
+    """Report build locks: what needs that extension waits, silently, for one of a killed build."""
     for lock in locks:
         age = f"{lock.age / 60:.0f} min old"
         name = f"build lock {lock.path.parent.name}"
@@ -275,8 +275,8 @@ def check_locks(locks: list[machine.BuildLock], folder: Path) -> Iterator[Findin
             remedy = f"wait; if no other machine is building there, rm {lock.path}"
             yield Finding(name, "warning", f"{age}, no process here holds it", remedy)
         else:
-            detail = f"stale ({age}, no process holds it): every run would wait for ever"
-            yield Finding(name, "missing", detail, f"rm {lock.path}", needed=True)
+            detail = f"stale ({age}, no process holds it): what needs it waits for ever"
+            yield Finding(name, "warning", detail, f"rm {lock.path}")
     if not locks:
         yield Finding("build locks", "OK", f"none in {folder}")
 
@@ -325,7 +325,7 @@ def examine(out: Path) -> list[Finding]:
     gpus = (
         machine.finish_gpu_probe(probe) if probe else machine.Gpus(error="torch is not installed")
     )
-    return [*findings, check_gpu(gpus), check_compiler(needed=not gpus.names)]
+    return [*findings, check_gpu(gpus), check_compiler()]
 
 
 def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
