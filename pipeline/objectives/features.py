@@ -66,15 +66,12 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        whole = grads[0].contiguous()
-        if dist.get_backend() == "nccl":
-            piece = whole.new_empty((ctx.rows, *whole.shape[1:]))
-            dist.reduce_scatter_tensor(piece, whole)
+        if grads[0].is_cuda and "nccl" in dist.get_backend():
+            piece = grads[0].new_empty((ctx.rows, *grads[0].shape[1:]))
+            dist.reduce_scatter(piece, list(grads[0].contiguous().split(ctx.rows)))
             return piece
-        if whole is grads[0]:
-            whole = (
-                whole.clone()
-            )  # all_reduce writes in place, and autograd may still need its tensor
+        # Older gloo has no reduce-scatter; all_reduce writes in place, into a copy of ours
+        whole = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(whole)
         return whole[ctx.rank * ctx.rows : (ctx.rank + 1) * ctx.rows]
 
@@ -149,7 +146,8 @@ def mask_patches(
 
 def seeded_linear(inputs: int, outputs: int, generator: torch.Generator) -> torch.nn.Linear:
     """Return a linear layer that is the same on every rank: uniform weight, zero bias."""
-    layer = torch.nn.Linear(inputs, outputs)
+    # Without torch's own draw, which would shift everything that is drawn after it
+    layer = torch.nn.utils.skip_init(torch.nn.Linear, inputs, outputs)
     bound = 1 / math.sqrt(inputs)
     with torch.no_grad():
         layer.weight.uniform_(-bound, bound, generator=generator)
