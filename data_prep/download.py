@@ -1,4 +1,4 @@
-"""A caption frame with URLs in, checked shards out: concurrent, polite, resumable.
+"""A caption frame with URLs or paths in, checked shards out: concurrent, polite, resumable.
 
 Each process works on some shards at a time with its own threads. A shard is finished when its
 `stats.json` is there; the manifest is written when all shards are. What was killed is continued
@@ -27,7 +27,7 @@ import pandas as pd
 from data_prep.captions import CaptionTable
 from data_prep.download_shard import SETTLED, ShardDownloader, ShardFiles, ShardTask, StoreSettings
 from data_prep.errors import UserError
-from data_prep.fetch import Fetcher, FetchSettings
+from data_prep.fetch import Fetcher, FetchSettings, FileReader
 from data_prep.files import atomic_write, explain_full_disk
 from data_prep.images import near_pairs
 from data_prep.queueing import BUCKETS, HostSlots
@@ -41,7 +41,7 @@ class DownloadPlan:
     """What to download and how.
 
     Attributes:
-        table: Captions with a `url` column.
+        table: Captions with a `url` column, or a `path` column for files that are here already.
         folder: Where the shards go.
         prefix: Shards are `PREFIX-000000.tar`, ...
         rows_per_shard: Rows of the caption list per shard (dead links make shards smaller).
@@ -85,7 +85,9 @@ class DownloadPlan:
         for start in range(0, len(self.table), 1 << 16):
             part = self.table.frame.iloc[start : start + (1 << 16)]
             lists = [list(texts) for texts in part["captions"]]
-            digest.update(to_json([part["key"].tolist(), part["url"].tolist(), lists]))
+            digest.update(
+                to_json([part["key"].tolist(), part[self.table.location].tolist(), lists])
+            )
         return digest.hexdigest()
 
     def task(self, number: int) -> ShardTask:
@@ -96,7 +98,7 @@ class DownloadPlan:
         return ShardTask(
             shard_name(self.prefix, number),
             part["key"].tolist(),
-            part["url"].tolist(),
+            part[self.table.location].tolist(),
             [list(texts) for texts in part["captions"]],
             retry=ShardFiles(self.folder, shard_name(self.prefix, number)).stats.is_file(),
         )
@@ -140,8 +142,6 @@ def download(plan: DownloadPlan, progress: Progress | None = None) -> DownloadRe
     index, parts = plan.part
     if not 0 <= index < parts:
         raise UserError(f"slice {index}/{parts} does not exist", todo=f"use 0/{parts} and so on")
-    if "url" not in plan.table.frame:
-        raise UserError("the caption list has paths, not URLs", where=plan.table.source)
     with explain_full_disk(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
         with _locked(plan.folder / f".{plan.prefix}.slice-{index}-of-{parts}.lock"):
@@ -266,7 +266,8 @@ def _run_all(plan: DownloadPlan, numbers: list[int], progress: Progress) -> dict
     processes = min(plan.processes, len(numbers))
     tasks: Any = context.Queue(maxsize=processes * LANES)
     results: Any = context.Queue()
-    settings = (plan.folder, plan.fetch, plan.store, plan.threads)
+    local = plan.table.location == "path"
+    settings = (plan.folder, plan.fetch, plan.store, plan.threads, local)
     arguments = (settings, slots, counters, tasks, results)
     workers: list[BaseProcess] = []
     stop = threading.Event()
@@ -342,9 +343,9 @@ def _worker(*arguments: Any) -> None:
 
 def _lanes(settings: Any, slots: Any, counters: Any, tasks: Any, results: Any) -> None:
     """Run shards side by side until the queue says that there are no more."""
-    folder, fetch, store, threads = settings
-    fetcher = Fetcher(fetch)
-    places = HostSlots(fetch.per_host, *slots)
+    folder, fetch, store, threads, local = settings
+    fetcher = FileReader(fetch) if local else Fetcher(fetch)
+    places = HostSlots(fetcher.settings.per_host, *slots)
     each = max(1, threads // LANES)
     downloader = ShardDownloader(folder, fetcher, store, places, counters, each)
 

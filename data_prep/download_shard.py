@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.errors import UserError
-from data_prep.fetch import Fetcher, FetchError
+from data_prep.fetch import Fetcher, FetchError, FileReader
 from data_prep.files import atomic_write, explain_full_disk, sha256_file, sync
 from data_prep.images import (
     ImageFaultError,
@@ -158,7 +158,7 @@ class ShardDownloader:
     def __init__(
         self,
         folder: Path,
-        fetcher: Fetcher,
+        fetcher: Fetcher | FileReader,
         store: StoreSettings,
         slots: HostSlots,
         counters: Any,

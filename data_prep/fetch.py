@@ -263,6 +263,31 @@ class Fetcher:
         return b"".join(pieces)
 
 
+class FileReader:
+    """Stands in for `Fetcher` where the caption list names files; reads these and nothing else."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        # Nobody has to be spared here, and a file that is not there will not come.
+        self.settings = settings.model_copy(update={"per_host": 1 << 30, "retries": 0})
+
+    def fetch(self, path: str) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            FetchError: it is missing, unreadable or larger than the limit.
+        """
+        try:
+            with open(path, "rb") as handle:
+                data = handle.read(self.settings.max_bytes + 1)
+        except FileNotFoundError:
+            raise FetchError("no_file", path) from None
+        except OSError as error:
+            raise FetchError("unreadable", error.strerror or str(error)) from None
+        if len(data) > self.settings.max_bytes:
+            raise FetchError("too_large", f"more than {self.settings.max_bytes} bytes")
+        return data
+
+
 def opted_out(headers: Message) -> bool:
     """Tell whether X-Robots-Tag forbids the use, for everybody or for this tool by name."""
     for value in headers.get_all("X-Robots-Tag", []):

@@ -20,6 +20,9 @@ _FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": 
 _MAGIC = {"jpg": b"\xff\xd8\xff", "jpeg": b"\xff\xd8\xff", "png": b"\x89PNG", "gif": b"GIF8"}
 
 
+_Run = list[tuple[str, Member]]  # the members of one sample with their extensions
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something that is wrong.
@@ -127,7 +130,7 @@ def _samples(
 ) -> Iterator[tuple[str, list[tuple[str, Member]]]]:
     """Yield runs of members with one key; faults of the tar itself go to the report."""
     key, end = "", 0
-    run: list[tuple[str, Member]] = []
+    run: _Run = []
     try:
         for member in walk_tar(data):
             end = member.offset + (member.size + BLOCK - 1) // BLOCK * BLOCK
