@@ -223,19 +223,24 @@ def embed_texts(
 ) -> Tensor:
     """Embed texts, split over the ranks; returns [N, D] float32 on the CPU, L2-normalised.
 
+    A text that occurs twice is embedded once: rounding differs with the place in a batch, and equal
+    captions of different images must tie exactly.
+
     Raises:
         UserError: there are no texts, or embeddings are not finite.
     """
     device = torch.device(device)
     rank, world = world_of()
-    batches = rank_batches(len(texts), batch_size, rank, world)
+    place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    unique = list(place)
+    batches = rank_batches(len(unique), batch_size, rank, world)
     features: list[Tensor] = []
     with evaluating(model):
         for number, batch in enumerate(batches):
-            tokens = tokenizer([texts[index] for index in batch]).to(device)
+            tokens = tokenizer([unique[index] for index in batch]).to(device)
             features.append(encode(model, tokens, image=False).cpu())
             if progress is not None:
                 progress("texts", number + 1, len(batches))
     joined, _ = join(features, [], None, device)
     _check_finite(joined, "text")
-    return joined
+    return joined[[place[text] for text in texts]]
