@@ -30,6 +30,15 @@ _SOURCES = {
 }
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not "None", "False" and the like."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", []):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the sources of `inherclip prepare` and their options."""
     parser.description = "Turn captions and images into checked WebDataset shards."
@@ -41,11 +50,12 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=text,
             description=text,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
-        {"mirror": _mirror_arguments, "scan": _scan_arguments, "set": _set_arguments}.get(
-            name, _list_arguments
-        )(part)
+        if name in _OTHER_SOURCES:
+            _OTHER_SOURCES[name](part)
+        else:
+            _list_arguments(part, name)
 
 
 def _out(parser: argparse.ArgumentParser, prefix: str | None = None) -> None:
@@ -61,8 +71,7 @@ def _slice(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _list_arguments(parser: argparse.ArgumentParser) -> None:
-    name = parser.prog.split()[-1]
+def _list_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     kind = "folder of images, or caption list" if name == "folder" else "caption list (may be .gz)"
     parser.add_argument("captions", type=Path, help=kind)
     _out(parser, {"urls": "data", "folder": "data"}.get(name, name))
@@ -171,6 +180,9 @@ def _set_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-partial", action="store_true", help="build a set with fewer images than official"
     )
     _image_arguments(parser, 0, 1)
+
+
+_OTHER_SOURCES = {"mirror": _mirror_arguments, "scan": _scan_arguments, "set": _set_arguments}
 
 
 def run_prepare(args: argparse.Namespace) -> int:
