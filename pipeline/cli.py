@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="inherclip",
         description="Make a CLIP model smaller by inheritance, and compare it with distillation.",
-        epilog="Start with `inherclip run configs/demo.yaml`, and `inherclip doctor` if that fails.",
+        epilog="Start with `inherclip run configs/demo.yaml`; if it fails, try `inherclip doctor`.",
     )
     commands = parser.add_subparsers(title="commands, in the order the data flows", metavar="")
     _add(commands, "prepare", "captions and images -> checked shards", "data_prep.commands")
@@ -78,10 +78,7 @@ def _add(commands: Any, name: str, text: str, module: str) -> None:
     """Add a subcommand whose arguments and body live in `module`, which imports nothing heavy."""
     import importlib
 
-    try:
-        home = importlib.import_module(module)
-    except ModuleNotFoundError:  # FIXME-LEAD remove when all rooms exist
-        return
+    home = importlib.import_module(module)
     parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     getattr(home, f"add_{name}_arguments")(parser)
     parser.set_defaults(run=getattr(home, f"run_{name}"))
@@ -110,7 +107,9 @@ def _add_run(commands: Any) -> None:
         "--only", nargs="+", metavar="ARM", help="these arms, and what they learn from"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what would run and what is missing; run nothing"
+        "--dry-run",
+        action="store_true",
+        help="print what would run and what is missing; run nothing",
     )
     parser.add_argument(
         "--stage", metavar="STAGE", help="one stage alone, e.g. evaluate:student (used by jobs)"
@@ -159,17 +158,16 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--out", type=Path, help="folder of the tables (default: the run itself)")
     parser.set_defaults(run=_lazy("pipeline.evaluate", "run_compare"))
     parser = commands.add_parser(
-        "report", help="run -> report.html", description="Write one self-contained page about a run."
+        "report",
+        help="run -> report.html",
+        description="Write one self-contained page about a run.",
     )
     parser.add_argument("runs", nargs=1, type=Path, metavar="run", help="run folder")
     parser.set_defaults(run=_lazy("pipeline.evaluate", "run_report"))
 
 
 def _add_submit(commands: Any) -> None:
-    try:
-        import slurm.commands
-    except ModuleNotFoundError:  # FIXME-LEAD
-        return
+    import slurm.commands
 
     parser = commands.add_parser(
         "submit",

@@ -48,7 +48,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        content = yaml.load(path.read_text(), Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        content = yaml.load(path.read_text(), Loader=_StrictLoader)  # a SafeLoader
     except OSError as error:
         raise UserError(
             f"cannot read the configuration: {error.strerror}",
@@ -70,12 +70,13 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
     Raises:
         UserError: an override has no `=`, is not valid YAML, or descends into a plain value.
     """
-    result = {key: value for key, value in content.items()}
+    result = dict(content)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip():
             raise UserError(
-                f"--set {override!r} is not of the form a.b=value", todo="e.g. --set train.steps=100"
+                f"--set {override!r} is not of the form a.b=value",
+                todo="e.g. --set train.steps=100",
             )
         try:
             value = yaml.safe_load(text)
@@ -86,7 +87,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
 
 
 def _set_path(tree: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
-    """Assign in place, copying each mapping on the way so that the caller's tree stays as it was."""
+    """Assign in place, copying each mapping on the way: the caller's tree stays as it was."""
     for key in keys[:-1]:
         child = tree.get(key)
         if child is not None and not isinstance(child, dict):

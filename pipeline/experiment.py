@@ -71,9 +71,7 @@ class InheritedArm(Strict):
     teacher: str = "teacher"
     budget: str = Field("params=0.4", description="params=, macs=, latency= or fidelity= share")
     heads: int = Field(3, ge=1, le=16, description="up projections per layer")
-    init: Literal[
-        "activation", "svd", "paper", "random", "no_gate", "symmetric"
-    ] = "activation"
+    init: Literal["activation", "svd", "paper", "random", "no_gate", "symmetric"] = "activation"
     options: dict[str, Any] = Field({}, description="further arguments of inherit()")
     calibration: int = Field(512, ge=0, description="training pairs seen before any training")
     objective: ObjectiveConfig = ObjectiveConfig.model_validate("task")
@@ -154,7 +152,9 @@ def _refuse_circles(teachers: dict[str, str | None]) -> None:
         seen, current = [start], teachers[start]
         while current is not None:
             if current in seen:
-                raise ValueError(f"arms teach each other in a circle: {' -> '.join([*seen, current])}")
+                raise ValueError(
+                    f"arms teach each other in a circle: {' -> '.join([*seen, current])}"
+                )
             seen.append(current)
             current = teachers[current]
 

@@ -76,7 +76,7 @@ class Clip:
 
 
 def preprocessing(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Return mean, std, interpolation and resize mode of an architecture (CLIP's own by default)."""
+    """Return mean, std, interpolation and resize mode of an architecture (default: CLIP's)."""
     import open_clip
 
     defaults = {
@@ -114,7 +114,7 @@ def read_architecture(model: str | Path | Mapping[str, Any], folder: Path) -> di
         raise UserError(
             "no such model configuration",
             where=str(folder / name),
-            todo="give a path relative to the experiment's YAML, or an open_clip name such as RN101",
+            todo="give a path relative to the experiment's YAML, or an open_clip name, e.g. RN101",
         )
     import open_clip
 

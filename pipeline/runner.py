@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,9 +26,7 @@ from pipeline.train.signals import INTERRUPTED, RESUME_ME, StopRequested
 FAILED = 2
 
 
-def run_experiment(
-    experiment: Experiment, run: Path, only: list[str] | None, say: Console
-) -> int:
+def run_experiment(experiment: Experiment, run: Path, only: list[str] | None, say: Console) -> int:
     """Run all stages that are not done; return the process's exit code.
 
     An arm that fails does not take the others with it: it becomes a marked row of the table.
@@ -107,9 +106,7 @@ def run_single(experiment: Experiment, run: Path, name: str, say: Console) -> in
 
     graph = Graph(experiment, run)
     if name not in graph.stages:
-        raise UserError(
-            f"no stage {name!r}", todo=f"stages of this run: {', '.join(graph.stages)}"
-        )
+        raise UserError(f"no stage {name!r}", todo=f"stages of this run: {', '.join(graph.stages)}")
     stage = graph.stages[name]
     main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     if graph.is_done(name) and name != "compare":
@@ -185,9 +182,7 @@ def check_arms(experiment: Experiment, only: list[str] | None) -> None:
     """Refuse names that are no arms of the experiment."""
     unknown = [name for name in only or [] if name not in experiment.arms]
     if unknown:
-        raise UserError(
-            f"no arm {unknown[0]!r}", todo=f"arms: {', '.join(experiment.arms)}"
-        )
+        raise UserError(f"no arm {unknown[0]!r}", todo=f"arms: {', '.join(experiment.arms)}")
 
 
 def _mark_arm(run: Path, stage: Stage, state: str, reason: str) -> None:
@@ -235,16 +230,18 @@ def dry_run(experiment: Experiment, run: Path, only: list[str] | None, say: Cons
     graph = Graph(experiment, run)
     missing = find_missing(experiment, graph)
     samples = _samples(experiment, graph)
-    table = Table("stage", "state", "samples", "steps", "processes", "reads", title=str(run))
+    table = Table(box=box.SIMPLE_HEAD, title=f"{experiment.name} in {run}", title_justify="left")
+    table.add_column("stage", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for column in ("samples", "steps", "processes"):
+        table.add_column(column, justify="right", no_wrap=True)
     for stage in graph.wanted(only):
         state = "to do"
         if not missing:
             state = "done" if graph.is_done(stage.name) else "to do"
         elif stage.verb in ("data", "obtain"):
-            state = "inputs missing" if _concerns(stage, missing) else "to do"
-        table.add_row(
-            stage.name, state, *_size(experiment, stage, samples), ", ".join(stage.after) or "-"
-        )
+            state = "missing" if _concerns(stage, missing) else "to do"
+        table.add_row(stage.name, state, *_size(experiment, stage, samples))
     say.print(table)
     for line in _facts(experiment, samples):
         say.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -62,13 +62,12 @@ class ResumeFolder:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
         processes.barrier()
-        _check_written(
-            lambda: (
-                engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False),
-                torch.save(_generators(processes), target / f"rank-{processes.rank}.pt"),
-            ),
-            target,
-        )
+
+        def write() -> None:
+            engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
+            torch.save(_generators(processes), target / f"rank-{processes.rank}.pt")
+
+        _check_written(write, target)
         processes.barrier()
         if processes.is_main:
             files = sorted(p for p in target.rglob("*") if p.is_file())
@@ -149,7 +148,7 @@ class ResumeFolder:
             shutil.rmtree(target, ignore_errors=True)
 
 
-def _check_written(write: Callable[[], object], target: Path) -> None:
+def _check_written(write: Callable[[], None], target: Path) -> None:
     """Run `write`; a full disk removes the torn checkpoint and becomes a message."""
     try:
         write()
@@ -162,7 +161,7 @@ def _check_written(write: Callable[[], object], target: Path) -> None:
         raise UserError(
             "no space left for a checkpoint",
             where=str(target.parent),
-            todo="free some space and run the same command: it continues from the checkpoint before",
+            todo="free some space and run the same command: it continues from the last checkpoint",
         ) from error
 
 
@@ -194,7 +193,7 @@ def average_batchnorm(module: nn.Module, processes: Processes) -> None:
     if processes.world_size == 1:
         return
     for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None:
-            for buffer in (norm.running_mean, norm.running_var):
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for buffer in filter(torch.is_tensor, (norm.running_mean, norm.running_var)):
                 dist.all_reduce(buffer)
                 buffer.div_(processes.world_size)

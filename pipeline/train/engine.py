@@ -28,11 +28,10 @@ def resolved_precision(settings: TrainSettings, processes: Processes) -> str:
     return "bf16" if processes.device.type == "cuda" else "fp32"
 
 
-def parameter_groups(
-    module: nn.Module, lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW groups: matrices decay; norms, biases, gates, scales and positions do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -123,6 +122,9 @@ def start_engine(
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see processes.joined
+    module = module.to(processes.device)
+    if settings.channels_last:
+        module = module.to(memory_format=torch.channels_last)
     groups = parameter_groups(module, settings.lr, settings.weight_decay)
     optimizer = torch.optim.AdamW(
         groups,
@@ -132,7 +134,7 @@ def start_engine(
         fused=processes.device.type == "cuda",
     )
     engine, optimizer, _, _ = deepspeed.initialize(
-        model=module.to(processes.device),
+        model=module,
         optimizer=optimizer,
         config=config,
         dist_init_required=None,

@@ -193,7 +193,7 @@ def training_batches(
     """Return a loader over batches `start` to `end` of the schedule, in order, as `Batch`."""
     return DataLoader(
         pairs,
-        batch_sampler=_NumberedBatches(schedule, start, end),  # type: ignore[arg-type]
+        batch_sampler=_NumberedBatches(schedule, start, end),
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin,
@@ -203,7 +203,7 @@ def training_batches(
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -214,10 +214,19 @@ def _one_thread(_: int) -> None:
 class Normalise:
     """uint8 [b,3,S,S] to floats with the model's mean and standard deviation, on the device."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+    def __init__(
+        self,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        channels_last: bool = False,
+    ) -> None:
+        self.format = torch.channels_last if channels_last else torch.contiguous_format
         self.mean = torch.tensor(mean, device=device).mul(255).view(1, 3, 1, 1)
         self.factor = torch.tensor(std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Return [b,3,S,S] float32 on the device."""
         images = images.to(self.mean.device, non_blocking=True)
-        return images.float().sub_(self.mean).mul_(self.factor)
+        images = images.float().sub_(self.mean).mul_(self.factor)
+        return images.contiguous(memory_format=self.format)

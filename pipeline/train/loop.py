@@ -90,6 +90,8 @@ def train(job: Job, processes: Processes) -> Position:
     engine, optimizer = start_engine(trainee, settings, processes)
     if job.teacher is not None:
         job.teacher.model.to(processes.device).eval().requires_grad_(False)
+        if settings.channels_last:
+            job.teacher.model.to(memory_format=torch.channels_last)
     resume = ResumeFolder(job.folder / "resume", job.fingerprint, settings.keep, job.say)
     position = resume.restore(engine, processes) or Position(0, 0)
     log = TrainLog(job.folder / "train.jsonl", position.step) if processes.is_main else None
@@ -119,7 +121,9 @@ def _run(
     rates = Rates()
     for step, batch, waited in _batches(job, processes, first):
         record = update(step, batch)
-        corrupt += int(processes.total(batch.corrupt)) if processes.world_size > 1 else batch.corrupt
+        corrupt += (
+            int(processes.total(batch.corrupt)) if processes.world_size > 1 else batch.corrupt
+        )
         seen = (step + 1) * settings.batch_size
         rates.add(settings.batch_size, waited)
         _refuse_corrupt(corrupt, seen, settings.max_corrupt_share)
@@ -142,9 +146,7 @@ def _run(
     return position
 
 
-def _batches(
-    job: Job, processes: Processes, first: int
-) -> Iterator[tuple[int, Batch, float]]:
+def _batches(job: Job, processes: Processes, first: int) -> Iterator[tuple[int, Batch, float]]:
     """Yield (step, this rank's batch, seconds waited for it) from step `first` on."""
     settings = job.settings
     schedule = BatchSchedule(
@@ -185,7 +187,9 @@ class _Updater:
         self.job, self.processes, self.engine = job, processes, engine
         self.groups = getattr(optimizer, "param_groups", None) or engine.optimizer.param_groups
         shape = preprocessing(job.student.architecture)
-        self.normalise = Normalise(shape["mean"], shape["std"], processes.device)
+        self.normalise = Normalise(
+            shape["mean"], shape["std"], processes.device, job.settings.channels_last
+        )
 
     def __call__(self, step: int, batch: Batch) -> Record:
         """Update once; return loss, terms, learning rate, scale and gradient norm."""
@@ -206,13 +210,14 @@ class _Updater:
             terms = cached_step(self.engine, images, tokens, teacher, views, settings.accumulate)
         else:
             terms = plain_step(self.engine, images, tokens, teacher, views)
-        values = {f"loss/{name}": float(term) for name, term in terms.items()}
+        means = self.processes.mean(torch.stack(list(terms.values()))).tolist()
+        values = {f"loss/{name}": value for name, value in zip(terms, means, strict=True)}
         values["loss"] = math.fsum(values.values())
         norm = gradient_norm(self.engine)
         finite = values if norm is None else {**values, "gradient norm": norm}
         refuse_non_finite(finite, step + 1, batch.keys, self.processes)
         self.engine.step()
-        scale = job.student.model.logit_scale
+        scale = self.engine.module.student.logit_scale
         with torch.no_grad():
             scale.clamp_(max=math.log(settings.max_logit_scale))
         return {"loss": values.pop("loss"), **values, "lr": rate, "grad_norm": norm,

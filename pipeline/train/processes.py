@@ -47,6 +47,13 @@ class Processes:
         dist.all_reduce(tensor)
         return float(tensor.item())
 
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Return on every rank the mean over ranks of a tensor [n]."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+            values = values / self.world_size
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
@@ -88,10 +95,10 @@ def join(device: str = "auto", timeout_minutes: float = 10.0) -> Processes:
     takes about 45 s with a compiler, and a killed build leaves a lock on which every later run
     waits for ever.
     """
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
-        from slurm.env import rank_environment
+    if "RANK" not in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ:  # a task of srun
+        from slurm.env import distributed_environment
 
-        os.environ.update(rank_environment(os.environ))
+        os.environ.update(distributed_environment(os.environ))
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -43,6 +43,9 @@ class TrainSettings(Strict):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto = bf16 autocast on CUDA, fp32 on CPU"
     )
+    channels_last: bool = Field(
+        True, description="memory format of images and convolutions; about a quarter faster"
+    )
     zero_stage: Literal[0, 1, 2] = 0
     deepspeed: Path | None = Field(None, description="a DeepSpeed JSON merged under our settings")
     workers: int = Field(0, ge=0, description="loader processes per rank")

@@ -19,7 +19,7 @@ class StopRequested(Exception):  # noqa: N818 - an outcome, not an error
 
 
 class StopSignals:
-    """Remember USR1, TERM and INT while the block runs; a second signal ends the process at once."""
+    """Remember USR1, TERM and INT while the block runs; a second one ends the process at once."""
 
     caught = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 

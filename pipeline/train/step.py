@@ -20,7 +20,8 @@ class Trainee(nn.Module):
 
     def __init__(self, student: nn.Module, objective: Objective, max_scale: float) -> None:
         super().__init__()
-        self.student, self.objective, self.max_scale = student, objective, max_scale
+        self.student: Any = student  # nn.Module's attributes are untyped: encode_image, logit_scale
+        self.objective, self.max_scale = objective, max_scale
 
     def forward(
         self, images: Tensor, tokens: Tensor, views: dict[str, Tensor]
@@ -41,7 +42,7 @@ class Trainee(nn.Module):
 
 
 @torch.no_grad()
-def teacher_features(teacher: nn.Module, images: Tensor, tokens: Tensor) -> Features:
+def teacher_features(teacher: Any, images: Tensor, tokens: Tensor) -> Features:
     """Return a frozen teacher's features of a batch."""
     image = F.normalize(teacher.encode_image(images).float(), dim=-1)
     text = F.normalize(teacher.encode_text(tokens).float(), dim=-1)
