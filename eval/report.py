@@ -166,7 +166,9 @@ def _layers(arm: ArmResult) -> list[dict[str, Any]]:
                     "kind": str(layer.get("kind", "layer")),
                     "shape": "×".join(str(size) for size in layer.get("shape") or []),
                     "rank": layer.get("rank"),
-                    "heads": layer.get("heads"),
+                    "heads": layer.get("heads") or None,
+                    "energy": _share(layer.get("energy")),
+                    "error": _share(layer.get("error")),
                     "before": before,
                     "after": after,
                     "share": after / before,
@@ -174,6 +176,10 @@ def _layers(arm: ArmResult) -> list[dict[str, Any]]:
                 }
             )
     return layers
+
+
+def _share(value: Any) -> str:
+    return f"{100 * value:.1f} %" if isinstance(value, (int, float)) else "–"
 
 
 def _inheritance(arm: ArmResult) -> dict[str, Any]:
@@ -195,15 +201,29 @@ def _inheritance(arm: ArmResult) -> dict[str, Any]:
                 "share": 100 * after / before,
             }
         )
-    total_before, total_after = plan.get("total_before"), plan.get("total_after")
     return {
         "arm": arm.label,
         "figure": f"layers-{arm.folder.name}",
         "kinds": kinds,
         "layers": layers,
-        "total_before": total_before / 1e6 if isinstance(total_before, (int, float)) else None,
-        "total_after": total_after / 1e6 if isinstance(total_after, (int, float)) else None,
+        "changes": _changes(plan),
+        "how": [f"{plan[key]}" for key in ("arm", "budget") if isinstance(plan.get(key), str)],
     }
+
+
+def _changes(plan: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Return (of what, before, after, share) for parameters, towers and multiply-adds."""
+    towers = plan.get("towers")
+    counted = [("all parameters", plan.get("total_before"), plan.get("total_after"))]
+    for tower, counts in towers.items() if isinstance(towers, dict) else ():
+        if isinstance(counts, dict):
+            counted.append((f"{tower} tower", counts.get("before"), counts.get("after")))
+    counted.append(("multiply-adds", plan.get("macs_before"), plan.get("macs_after")))
+    return [
+        (what, f"{before / 1e6:,.2f} M", f"{after / 1e6:,.2f} M", f"{100 * after / before:.1f} %")
+        for what, before, after in counted
+        if isinstance(before, (int, float)) and isinstance(after, (int, float)) and before
+    ]
 
 
 def _data_uri(path: Path) -> str:

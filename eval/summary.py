@@ -171,7 +171,7 @@ def _steps(result: RunResult) -> str:
         if isinstance((arm.result or {}).get("steps"), int)
     }
     counts = counts or {arm.label: int(arm.log[-1]["step"]) for arm in result.arms if arm.log}
-    if len(set(counts.values())) == 1:
+    if len(set(counts.values())) == 1 and len(counts) == len(result.arms):
         return f"{next(iter(counts.values())):,} for every arm"
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
