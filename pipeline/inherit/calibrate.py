@@ -127,6 +127,30 @@ def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return columns.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
+def patches_at(x: Tensor, conv: nn.Conv2d, where: Tensor, width: int) -> Tensor:
+    """Return only the patches behind some output positions, [G, B * n, I].
+
+    Args:
+        x: inputs [B, c, h, w].
+        conv: the convolution that would read them.
+        where: output positions [B, n], numbered row by row.
+        width: columns of the output.
+    """
+    pads = conv._reversed_padding_repeated_twice
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    last = F.pad(x, pads, mode=mode).permute(0, 2, 3, 1).contiguous()  # [B, h, w, c]
+    image = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(where).flatten()
+    top = (where // width * conv.stride[0]).flatten()
+    left = (where % width * conv.stride[1]).flatten()
+    taps = [
+        last[image, top + i * conv.dilation[0], left + j * conv.dilation[1]]
+        for i in range(conv.kernel_size[0])
+        for j in range(conv.kernel_size[1])
+    ]
+    rows = torch.stack(taps, dim=2)  # [B * n, c, kernel]
+    return rows.view(rows.shape[0], conv.groups, -1).transpose(0, 1)
+
+
 def patch_power(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """Return the summed squared length of all patches of a batch, per group [G], without unfolding."""
     squares = x.square().unflatten(1, (conv.groups, -1)).sum(dim=2)  # [B, G, h, w]

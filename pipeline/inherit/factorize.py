@@ -103,6 +103,12 @@ def decompose(
     return Decomposition(energies, None, right, root)
 
 
+def balance(up: Tensor, down: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale an orthonormal up [G, O, R] and its down [G, R, I] so that both carry the root of sigma [G, R]."""
+    scale = sigma.clamp_min(1e-7 * sigma[:, :1].clamp_min(1e-30)).sqrt()
+    return up * scale[:, None, :], down / scale[:, :, None]
+
+
 def factors(weight: Tensor, parts: Decomposition, rank: int) -> tuple[Tensor, Tensor]:
     """Return the balanced factors: up [G, O, R] and down [G, R, I] with `up @ down = W_r`."""
     sigma = parts.energies[:, :rank].sqrt()
