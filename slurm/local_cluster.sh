@@ -139,7 +139,8 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerNode=1000
 MpiDefault=none
-ReturnToService=2
+# a node that is set down by hand stays down until it is resumed
+ReturnToService=1
 JobRequeue=$requeue
 KillWait=10
 MinJobAge=3600

@@ -11,8 +11,10 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from slurm.jobs import ClusterProfile, Job
 
-_ROOT = Path(__file__).resolve().parent
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
+CHECKOUT = Path(__file__).resolve().parent.parent
 _SLICE = re.compile(r"(\{slices?\})")
+_CONTROL = re.compile(r"[\x01-\x1f\x7f]")
 _PLAIN = re.compile(r"[A-Za-z0-9_.+:@=/,%&|*\[\]()-]*")
 
 
@@ -21,7 +23,7 @@ def _template() -> Template:
     environment = Environment(
         undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True
     )
-    return environment.from_string((_ROOT / "templates" / "job.sbatch.j2").read_text())
+    return environment.from_string((_TEMPLATES / "job.sbatch.j2").read_text())
 
 
 def directive(name: str, value: object) -> str:
@@ -35,12 +37,20 @@ def directive(name: str, value: object) -> str:
     return f"--{name}={text}"
 
 
+def quote(text: str) -> str:
+    """Quote for bash; control characters are spelled out, as sbatch refuses carriage returns."""
+    if not _CONTROL.search(text):
+        return shlex.quote(text)
+    spelled = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\\", "\\\\"))
+    return "$'" + spelled.replace("'", "\\'") + "'"
+
+
 def argument(text: str, job: Job) -> str:
     """Quote one argument for bash; in an array, `{slice}` and `{slices}` are filled in."""
     if job.array is None or not _SLICE.search(text):
-        return shlex.quote(text)
+        return quote(text)
     parts = {"{slice}": '"$SLURM_ARRAY_TASK_ID"', "{slices}": str(job.array_size)}
-    return "".join(parts.get(piece) or shlex.quote(piece) for piece in _SLICE.split(text) if piece)
+    return "".join(parts.get(piece) or quote(piece) for piece in _SLICE.split(text) if piece)
 
 
 def ranges(numbers: tuple[int, ...]) -> str:
@@ -134,7 +144,7 @@ def _exports(job: Job, cluster: ClusterProfile) -> dict[str, str]:
     }
     exports = {name: shlex.quote(value) for name, value in values.items()}
     # A checkout need not be installed where the job runs.
-    exports["PYTHONPATH"] = shlex.quote(str(_ROOT.parent)) + '"${PYTHONPATH:+:$PYTHONPATH}"'
+    exports["PYTHONPATH"] = shlex.quote(str(CHECKOUT)) + '"${PYTHONPATH:+:$PYTHONPATH}"'
     if job.resources.cpus_per_task and "OMP_NUM_THREADS" not in values:
         exports["OMP_NUM_THREADS"] = str(job.resources.cpus_per_task)
     exports["INHERCLIP_STATE"] = state
@@ -157,9 +167,11 @@ def render(job: Job, cluster: ClusterProfile, python: str) -> str:
         python: Interpreter to use where the profile names none.
     """
     interpreter = cluster.python or python
-    waits = " after " + ", ".join(job.after) if job.after else ""
+    title = (
+        f"{job.name} on {cluster.name}" + (" after " if job.after else "") + ", ".join(job.after)
+    )
     return _template().render(
-        title=f"{job.name} on {cluster.name}{waits}; submit by hand: sbatch {shlex.quote(job.script)}",
+        title=f"{title}; submit by hand: sbatch {shlex.quote(job.script)}",
         directives=directives(job, cluster),
         modules=[shlex.quote(module) for module in cluster.modules],
         venv=shlex.quote(f"{cluster.venv}/bin/activate") if cluster.venv else None,

@@ -1,9 +1,11 @@
 """A real two-node SLURM for the tests marked `slurm`, in a folder of its own, on free ports."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -110,3 +112,37 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "a run"  # with a space, as users have them
     folder.mkdir()
     return folder
+
+
+@dataclass
+class Fake:
+    """The pretended scheduler: its jobs and the calls that it got."""
+
+    home: Path
+
+    @property
+    def jobs(self) -> dict[str, dict]:
+        store = self.home / "jobs.json"
+        return json.loads(store.read_text()) if store.exists() else {}
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.home / "calls").read_text().splitlines()
+
+    def set(self, number: str, **fields: object) -> None:
+        jobs = self.jobs
+        jobs[number].update(fields)
+        (self.home / "jobs.json").write_text(json.dumps(jobs))
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    home = tmp_path / "fake"
+    home.mkdir()
+    program = Path(__file__).with_name("fake_slurm.py").read_text()
+    for name in ("sbatch", "squeue", "scontrol", "scancel", "sacct"):
+        (home / name).write_text(f"#!{sys.executable} -S\n{program}")
+        (home / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{home}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(home))
+    return Fake(home)
