@@ -193,13 +193,14 @@ def _run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from pipeline import runner
+    from pipeline.dry_run import dry_run
     from pipeline.experiment import load_experiment
 
     experiment = load_experiment(args.config, args.set)
     run = args.out or Path("runs") / experiment.name
     say = Console()
     if args.dry_run:
-        return runner.dry_run(experiment, run, args.only, say)
+        return dry_run(experiment, run, args.only, say)
     if args.stage:
         return runner.run_single(experiment, run, args.stage, say)
     return runner.run_experiment(experiment, run, args.only, say)

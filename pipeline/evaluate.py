@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -127,7 +128,11 @@ def _gathered(runs: Sequence[Path], out: Path | None) -> Path:
         result = read_run(run)
         for arm in result.arms:
             name = arm.folder.name if len(runs) == 1 else f"{result.name}.{arm.folder.name}"
-            for file in ("eval.json", "eval_before.json", "queries.npz", "status.json"):
+            if arm.state != "done":  # stays a marked row, also where it left no file
+                status = {"state": "failed", "reason": f"{arm.state}: {arm.reason}"}
+                atomic_write(out / "arms" / name / "status.json", json.dumps(status) + "\n")
+                continue
+            for file in ("eval.json", "eval_before.json", "queries.npz"):
                 if (arm.folder / file).is_file():
                     target = out / "arms" / name / file
                     target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,24 +6,26 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_write
-from data_prep.reader import ShardSet
-from pipeline.experiment import Experiment, InheritedArm, PretrainedArm, write_resolved
+from pipeline.experiment import Experiment, write_resolved
 from pipeline.graph import Graph, Stage
 from pipeline.tracking import duration
 from pipeline.train.signals import INTERRUPTED, RESUME_ME, StopRequested
 
 FAILED = 2
+STOPPED = "stopped.json"  # left by ranks that saved on a signal, for the process that started them
 
 
 def run_experiment(experiment: Experiment, run: Path, only: list[str] | None, say: Console) -> int:
@@ -102,8 +104,6 @@ def run_single(experiment: Experiment, run: Path, name: str, say: Console) -> in
     Raises:
         UserError: no such stage, or an earlier stage is not done.
     """
-    from pipeline.train.signals import StopRequested
-
     graph = Graph(experiment, run)
     if name not in graph.stages:
         raise UserError(f"no stage {name!r}", todo=f"stages of this run: {', '.join(graph.stages)}")
@@ -134,7 +134,9 @@ def run_single(experiment: Experiment, run: Path, name: str, say: Console) -> in
         if main:
             _mark_arm(run, stage, "failed", str(error))
         raise
-    except StopRequested:
+    except StopRequested as stop:
+        if main:
+            atomic_write(run / "arms" / str(stage.arm) / STOPPED, json.dumps({"step": stop.step}))
         raise
     except Exception as error:
         if main:
@@ -159,23 +161,40 @@ def _launch(run: Path, arm: str, processes: int) -> None:
         f"--nproc-per-node={processes}", "-m", "pipeline.cli",
         "train", str(run / "config.yaml"), "--arm", arm, "--out", str(run),
     ]  # fmt: skip
+    marker = run / "arms" / arm / STOPPED
+    marker.unlink(missing_ok=True)
     child = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1"} | os.environ)
-    try:
+    with _forwarded(child) as received:
         code = child.wait()
-    except KeyboardInterrupt:
-        code = child.wait()  # the terminal sent the signal to the ranks too: they save and stop
-        raise
-    marker = run / "arms" / arm / "stopped.json"
     if marker.is_file():
-        stopped = json.loads(marker.read_text())
+        step = json.loads(marker.read_text())["step"]
         marker.unlink()
-        raise StopRequested(stopped["code"], stopped["step"])
+        raise StopRequested(INTERRUPTED if signal.SIGINT in received else RESUME_ME, step)
     if code:
         raise UserError(
             f"training {arm} in {processes} processes ended with code {code}",
             where=shlex.join(command[3:]),
             todo="the reason stands above; the same command continues from the last checkpoint",
         )
+
+
+@contextmanager
+def _forwarded(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Pass signals on to torchrun, which tells its ranks to save; yield what was received."""
+    received: list[int] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if number != signal.SIGINT or not sys.stdin.isatty():  # a terminal tells its whole group
+            child.send_signal(signal.SIGTERM)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_arms(experiment: Experiment, only: list[str] | None) -> None:
@@ -222,142 +241,3 @@ def show_result(run: Path, say: Console) -> None:
         say.print()
         say.print(table.read_text().rstrip(), markup=False, highlight=False, soft_wrap=True)
         say.print(f"\nreport: {run / 'report.html'}", highlight=False)
-
-
-def dry_run(experiment: Experiment, run: Path, only: list[str] | None, say: Console) -> int:
-    """Print stage by stage what would run and what is missing; return 2 if anything is."""
-    check_arms(experiment, only)
-    graph = Graph(experiment, run)
-    missing = find_missing(experiment, graph)
-    samples = _samples(experiment, graph)
-    table = Table(box=box.SIMPLE_HEAD, title=f"{experiment.name} in {run}", title_justify="left")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for column in ("samples", "steps", "processes"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for stage in graph.wanted(only):
-        state = "to do"
-        if not missing:
-            state = "done" if graph.is_done(stage.name) else "to do"
-        elif stage.verb in ("data", "obtain"):
-            state = "missing" if _concerns(stage, missing) else "to do"
-        table.add_row(stage.name, state, *_size(experiment, stage, samples))
-    say.print(table)
-    for line in _facts(experiment, samples):
-        say.print(line, highlight=False, markup=False, soft_wrap=True)
-    if missing:
-        say.print("\nMissing:", style="bold red")
-        for what, todo in missing.values():
-            say.print(f"  {what}\n    -> {todo}", highlight=False, markup=False, soft_wrap=True)
-        return FAILED
-    say.print("\nNothing is missing.", highlight=False)
-    return 0
-
-
-def _concerns(stage: Stage, missing: dict[str, tuple[str, str]]) -> bool:
-    if stage.verb == "data":
-        return any(key.startswith(("train", "set:")) for key in missing)
-    return f"arm:{stage.arm}" in missing
-
-
-def find_missing(experiment: Experiment, graph: Graph) -> dict[str, tuple[str, str]]:
-    """Return what is not here, as {place: (what, what to do)}: shards, evaluation sets, weights."""
-    missing: dict[str, tuple[str, str]] = {}
-    if experiment.data.scenes is None:
-        try:
-            ShardSet.find(graph.data_root, experiment.data.train)
-        except UserError as error:
-            missing["train"] = (f"training shards: {error.where or ''} {error.what}", error.todo)
-        for item in experiment.eval.with_root(graph.data_root).sets:
-            try:
-                item.open()
-            except UserError as error:
-                what = f"evaluation set {item.name}: {error.where or ''} {error.what}"
-                missing[f"set:{item.name}"] = (what, error.todo)
-    for name, arm in experiment.arms.items():
-        if isinstance(arm, PretrainedArm):
-            from pipeline.teachers import missing_weights
-
-            lacking = missing_weights(arm.weights)
-            if lacking:
-                todo = "they are downloaded on the first run where there is internet access"
-                missing[f"arm:{name}"] = (f"arm {name}: {lacking}", todo)
-    if experiment.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            missing["device"] = (
-                "a GPU (device: cuda)", "run on a GPU node, or submit with `inherclip submit`"
-            )  # fmt: skip
-    return missing
-
-
-def _samples(experiment: Experiment, graph: Graph) -> int | None:
-    data = experiment.data
-    if data.scenes is not None:
-        return data.scenes.train
-    try:
-        return ShardSet.find(graph.data_root, data.train).num_samples
-    except UserError:
-        return data.expected_samples
-
-
-def _size(experiment: Experiment, stage: Stage, samples: int | None) -> tuple[str, str, str]:
-    known = f"{samples:,}" if samples else "?"
-    if stage.verb == "data":
-        return known, "-", "1"
-    if stage.verb == "train":
-        train = experiment.arms[str(stage.arm)].train  # type: ignore[union-attr]
-        return (
-            f"{train.steps * train.batch_size:,}", f"{train.steps:,}", str(experiment.processes)
-        )  # fmt: skip
-    if stage.verb == "inherit":
-        arm = experiment.arms[str(stage.arm)]
-        assert isinstance(arm, InheritedArm)
-        return f"{arm.calibration:,}", "-", "1"
-    return "-", "-", "1"
-
-
-def _facts(experiment: Experiment, samples: int | None) -> list[str]:
-    """Return what a reader would otherwise work out by hand: epochs and sizes per arm."""
-    lines = []
-    for name, arm in experiment.arms.items():
-        if isinstance(arm, PretrainedArm):
-            lines.append(f"{name}: {arm.weights}, not trained")
-            continue
-        train = arm.train
-        epochs = f", {train.steps * train.batch_size / samples:.1f} epochs" if samples else ""
-        what = (
-            f"budget {arm.budget}, {arm.heads} heads, init {arm.init}"
-            if isinstance(arm, InheritedArm)
-            else f"{_count(arm.model) / 1e6:.2f} M parameters"
-        )
-        losses = " + ".join(
-            f"{term.weight:g} {loss}" if term.weight != 1 else loss
-            for loss, term in arm.objective.terms.items()
-        )
-        lines.append(
-            f"{name}: {what}; {losses}; {train.steps:,} steps of {train.batch_size:,}{epochs}"
-        )
-    return lines
-
-
-def _count(architecture: object) -> int:
-    """Return the parameters of an architecture without allocating them."""
-    import torch
-
-    from pipeline.models import build, parameters
-
-    assert isinstance(architecture, dict)
-    with torch.device("meta"):
-        return parameters(build(architecture))
-
-
-__all__ = [
-    "INTERRUPTED",
-    "RESUME_ME",
-    "StopRequested",
-    "dry_run",
-    "run_experiment",
-    "run_single",
-]

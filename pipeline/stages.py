@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_write
@@ -295,8 +294,3 @@ def compare(run: Path) -> None:
 
     write_comparison(run)
     write_report(run)
-
-
-def is_launched() -> bool:
-    """Whether this process is a rank of a launched group."""
-    return dist.is_available() and dist.is_torchelastic_launched()
