@@ -15,6 +15,7 @@ import os
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from data_prep.images import near_pairs
 from data_prep.queueing import BUCKETS, HostSlots
 from data_prep.shards import Manifest, ShardEntry, manifest_path, shard_name, to_json
 
+_LOCK_ATTEMPTS = 15
 LANES = 2  # shards at a time per process: the slow last rows of one must not idle its threads
 
 
@@ -145,6 +147,9 @@ def download(plan: DownloadPlan, progress: Progress | None = None) -> DownloadRe
     with explain_full_disk(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
         with _locked(plan.folder / f".{plan.prefix}.slice-{index}-of-{parts}.lock"):
+            if parts == 1:  # nobody else writes here: what a killed run began is of no use
+                for path in plan.folder.glob(f".*{plan.prefix}*.tmp"):
+                    path.unlink(missing_ok=True)
             identity = plan.identity()
             _check_identity(plan, identity)
             return _download_part(plan, identity, progress)
@@ -244,28 +249,48 @@ def _flag_near_duplicates(plan: DownloadPlan) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """Keep a second run of the same part out; the lock falls with the process that holds it."""
     with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        # A run that was just killed may have a process left for a moment that holds it.
+        for attempt in range(_LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt < _LOCK_ATTEMPTS - 1:
+                    time.sleep(0.2)
+        else:
             raise UserError(
                 "another run is working on the same slice of this folder",
                 where=str(path.parent),
                 todo="wait for it, or give the jobs of an array different slices",
-            ) from None
+            )
         yield
 
 
 # ------------------------------------------------------------------------------ worker processes
 
 
+class _Counters(list[int]):
+    """What `multiprocessing.Array` is to several processes, for the threads of one."""
+
+    def __init__(self, values: list[int]) -> None:
+        super().__init__(values)
+        self._lock = threading.Lock()
+
+    def get_lock(self) -> threading.Lock:
+        return self._lock
+
+
 def _run_all(plan: DownloadPlan, numbers: list[int], progress: Progress) -> dict[int, ShardEntry]:
     """Download shards, in this process or in several."""
     context = multiprocessing.get_context("spawn")  # threads and TLS do not survive a fork
-    counters = context.Array("q", 3)
-    slots = (context.Array("i", BUCKETS, lock=False), context.Lock())
     processes = min(plan.processes, len(numbers))
-    tasks: Any = context.Queue(maxsize=processes * LANES)
-    results: Any = context.Queue()
+    tasks: Any = (context.Queue if processes > 1 else queue.Queue)(processes * LANES)
+    results: Any = (context.Queue if processes > 1 else queue.Queue)()
+    slots: tuple[Any, Any] = ([0] * BUCKETS, threading.Lock())
+    counters: Any = _Counters([0, 0, 0])
+    if processes > 1:
+        slots = (context.Array("i", BUCKETS, lock=False), context.Lock())
+        counters = context.Array("q", 3)
     local = plan.table.location == "path"
     settings = (plan.folder, plan.fetch, plan.store, plan.threads, local)
     arguments = (settings, slots, counters, tasks, results)
@@ -297,8 +322,9 @@ def _run_all(plan: DownloadPlan, numbers: list[int], progress: Progress) -> dict
         stop.set()
         for worker in workers:
             worker.kill() if worker.is_alive() else worker.join()
-        tasks.cancel_join_thread()
-        results.cancel_join_thread()
+        if workers:
+            tasks.cancel_join_thread()
+            results.cancel_join_thread()
 
 
 def _collect(
@@ -339,6 +365,9 @@ def _worker(*arguments: Any) -> None:
 
     threading.Thread(target=follow, daemon=True).start()
     _lanes(*arguments)
+    results = arguments[-1]
+    results.close()
+    results.join_thread()  # what was put last must be through before this process ends
 
 
 def _lanes(settings: Any, slots: Any, counters: Any, tasks: Any, results: Any) -> None:
@@ -362,8 +391,6 @@ def _lanes(settings: Any, slots: Any, counters: Any, tasks: Any, results: Any) -
         thread.start()
     for thread in lanes:
         thread.join()
-    results.close()
-    results.join_thread()
 
 
 def _portable(error: BaseException) -> BaseException:

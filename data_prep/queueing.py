@@ -8,7 +8,6 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Sequence
-from multiprocessing.synchronize import Lock
 from typing import Any
 
 BUCKETS = 4096
@@ -23,11 +22,11 @@ class HostSlots:
 
     Args:
         limit: Requests at once per host.
-        counts: Shared array of `BUCKETS` integers.
-        lock: Shared between the processes.
+        counts: `BUCKETS` integers, shared where there are several processes.
+        lock: Shared likewise.
     """
 
-    def __init__(self, limit: int, counts: Any, lock: Lock) -> None:
+    def __init__(self, limit: int, counts: Any, lock: Any) -> None:
         self.limit, self.counts, self.lock = limit, counts, lock
 
     def acquire(self, host: str) -> bool:

@@ -371,7 +371,8 @@ class _Progress:
 def _remove_stale(folder: Path, prefix: str, count: int) -> None:
     """Remove what an earlier, longer or killed build left under the same prefix."""
     name = re.compile(re.escape(prefix) + r"-(\d{6,})\.tar\Z")
-    temporary = re.compile(r"\." + re.escape(prefix) + r"-\d{6,}\.tar\.[0-9a-f]{8}\.tmp\Z")
+    part = r"(-\d{6,}\.tar|\.manifest\.json|\.progress\.json)"
+    temporary = re.compile(r"\.{1,2}" + re.escape(prefix) + part + r"\.[0-9a-f]{8}\.tmp\Z")
     for path in folder.iterdir():
         match = name.match(path.name)
         if (match and int(match[1]) >= count) or temporary.match(path.name):

@@ -23,11 +23,13 @@ CASES = (
 )  # fmt: skip
 
 
-def picture(number: int, size: tuple[int, int] = (320, 300)) -> bytes:
+def picture(number: int, size: tuple[int, int] = (320, 300), quality: int = 70) -> bytes:
     """A small JPEG that is different for every number."""
     noise = np.random.default_rng(number).integers(0, 255, (6, 8, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(noise).resize(size, Image.Resampling.BILINEAR).save(buffer, "JPEG", quality=70)
+    Image.fromarray(noise).resize(size, Image.Resampling.BILINEAR).save(
+        buffer, "JPEG", quality=quality
+    )
     return buffer.getvalue()
 
 
@@ -40,7 +42,9 @@ def bomb() -> bytes:
 
     header = (30000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
     rows = zlib.compress(bytes(1 << 20), 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -60,7 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
-    def answer(self, body: bytes, kind: str = "image/jpeg", code: int = 200, **headers: str) -> None:
+    def answer(
+        self, body: bytes, kind: str = "image/jpeg", code: int = 200, **headers: str
+    ) -> None:
         self.send_response(code)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", headers.pop("length", str(len(body))))

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from data_prep import reader as reader_module
 from data_prep.errors import UserError
 from data_prep.reader import BatchSchedule, CorruptionBudget, CorruptSampleError, ShardSet
-from data_prep.shards import Manifest, Sample, ShardEntry, write_shards
+from data_prep.shards import Manifest, ShardEntry, write_shards
 from tests.data_prep.conftest import samples
 
 SIZES = st.lists(st.integers(1, 30), min_size=1, max_size=12)
@@ -81,7 +81,7 @@ def test_resuming_at_any_step_equals_no_interruption_at_any_equal_global_batch(
 ) -> None:
     shards = shard_set(sizes)
     whole = [BatchSchedule(shards, batch, r, world, 3, tail="pad").batches() for r in range(world)]
-    steps = [sum((next(rank) for rank in whole), []) for _ in range(stop + 5)]
+    steps = [[index for rank in whole for index in next(rank)] for _ in range(stop + 5)]
     divisors = [n for n in range(1, batch * world + 1) if batch * world % n == 0]
     other = data.draw(st.sampled_from(divisors))
     resumed = [
@@ -89,7 +89,7 @@ def test_resuming_at_any_step_equals_no_interruption_at_any_equal_global_batch(
         for r in range(other)
     ]
     for step in range(stop, stop + 5):
-        assert sum((next(rank) for rank in resumed), []) == steps[step]
+        assert [index for rank in resumed for index in next(rank)] == steps[step]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -354,7 +354,7 @@ def test_the_budget_stops_above_its_share_only() -> None:
     other = CorruptionBudget(share=0.1, grace=100)
     other.load_state_dict(budget.state_dict())
     assert (other.seen, other.corrupt) == (101, 11)
-    with pytest.raises(UserError, match="0.00%"):
+    with pytest.raises(UserError, match=r"0\.00%"):
         CorruptionBudget(share=0).count(1, ["bad"])
 
 
