@@ -27,7 +27,7 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_status_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `inherclip status`."""
-    parser.add_argument("run", type=Path, help="run folder, e.g. runs/demo")
+    parser.add_argument("folder", metavar="run", type=Path, help="run folder, e.g. runs/demo")
     parser.add_argument(
         "--watch",
         nargs="?",
@@ -55,16 +55,18 @@ def run_status(args: argparse.Namespace) -> int:
     """
     from slurm import status
 
-    reader = status.Reader(args.run)
+    reader = status.Reader(args.folder)
     while True:
         ledger, jobs = reader.read()
         if args.json:
-            print(status.as_json(str(args.run), ledger, jobs), flush=True)
+            print(status.as_json(str(args.folder), ledger, jobs), flush=True)
         else:
             if args.watch and sys.stdout.isatty():
                 print("\x1b[2J\x1b[H", end="")
             width = shutil.get_terminal_size((120, 24)).columns
-            print(status.table(str(args.run), ledger, jobs, width))
+            print(status.table(str(args.folder), ledger, jobs, width))
+            if not reader.reachable:
+                print("\nSLURM does not answer here: this is what the run folder knows")
             print(f"\n{status.summary(jobs)}", flush=True)
         moving = any(job.state in ("running", "waiting", "suspended", "held") for job in jobs)
         if not args.watch or not moving:
@@ -74,7 +76,7 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def _add_run_and_stage(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("run", type=Path, help="run folder, e.g. runs/demo")
+    parser.add_argument("folder", metavar="run", type=Path, help="run folder, e.g. runs/demo")
     parser.add_argument(
         "stage", nargs="?", help=f"stage (train:student) or arm (student) {what}; default: all"
     )
@@ -108,7 +110,7 @@ def run_cancel(args: argparse.Namespace) -> int:
 
     jobs = [
         job
-        for _, _, job, state in _chosen(args.run, args.stage)
+        for _, _, job, state in _chosen(args.folder, args.stage)
         if state in ("running", "waiting", "suspended", "held")
     ]
     client.cancel(jobs)
@@ -132,9 +134,9 @@ def run_logs(args: argparse.Namespace) -> int:
     from slurm import status
     from slurm.ledger import Folder
 
-    folder = Folder(args.run)
+    folder = Folder(args.folder)
     files = []
-    for stage, part, job, state in _chosen(args.run, args.stage):
+    for stage, part, job, state in _chosen(args.folder, args.stage):
         log = folder.log(stage, part, job) if job else None
         if log is None or not log.is_file():
             print(f"==> {stage}: {state}, no log yet", flush=True)

@@ -170,6 +170,7 @@ class Reader:
 
     def __init__(self, run: str | Path) -> None:
         self.folder = Folder(run)
+        self.reachable = True
         if not self.folder.ledger_file.is_file():
             raise SlurmError(
                 "nothing was submitted from this run folder",
@@ -182,10 +183,11 @@ class Reader:
         ledger = self.folder.load()
         queue: dict[str, client.JobInfo] = {}
         # An unreachable SLURM is no fault here: the run folder knows most of it.
-        if client.is_reachable():
+        self.reachable = client.is_reachable()
+        books: dict[str, client.JobInfo] | None = {}
+        if self.reachable:
             queue = client.queue()
-        names = self._ids(ledger)
-        books = client.accounting({name.split("_")[0] for name in names}) if queue or names else {}
+            books = client.accounting({name.split("_")[0] for name in self._ids(ledger)})
         found = []
         for stage, entry in ledger.stages.items():
             latest = entry.latest() or [(None, "")]
