@@ -253,9 +253,7 @@ def probe(
 def _judge(record: dict[str, object], seen: Sequence[Path]) -> list[Finding]:
     node, paths = record["node"], record["paths"]
     assert isinstance(paths, dict)
-    text = (
-        f"ran on {node}: Python {record['python']}, {record['cpus']} cores, {record['gpus']} GPUs"
-    )
+    has = f"Python {record['python']}, {record['cpus']} cores, {record['gpus']} GPUs"
     findings = [Finding("probe job", "OK", f"ran on {node}: {has}")]
     for number, path in enumerate(seen):
         there, writable = paths[str(path)]
