@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import pyarrow.parquet
 
 from data_prep import caption_files
 from data_prep.caption_text import repair_text, unique_keys
+from data_prep.column_hashes import first_of_each, string_hashes
 from data_prep.errors import UserError
 
 FORMATS = (
@@ -83,6 +85,23 @@ def read_captions(
     path = Path(path)
     if not path.exists():
         raise UserError("the caption list does not exist", where=str(path))
+    try:
+        return _read(path, form, location, caption, split, images, limit)
+    except (pa.ArrowInvalid, OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"the caption list cannot be read: {error}", str(path), "download it again"
+        ) from error
+
+
+def _read(
+    path: Path,
+    form: str,
+    location: str | None,
+    caption: str | None,
+    split: str | None,
+    images: str | Path | None,
+    limit: int | None,
+) -> CaptionTable:
     if form == "auto":
         form = detect_form(path)
     if form not in FORMATS:
@@ -134,7 +153,7 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-# ---------------------------------------------------------------------------- tables of rows
+# ----------------------------------------------------------------------------- tables of rows
 
 
 def _read_table(
@@ -148,15 +167,12 @@ def _read_table(
     """Read and repair a two-column table piece by piece, so that memory holds it once."""
     builder = _Builder()
     batches, where, what = _open_table(path, form, location, caption, builder)
-    try:
-        for batch in batches:
-            if limit is not None:
-                batch = batch.slice(0, max(0, limit - builder.rows))
-            builder.add(batch.column(where), batch.column(what))
-            if limit is not None and builder.rows >= limit:
-                break
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
-        raise UserError(f"the table cannot be read: {error}", where=str(path)) from error
+    for batch in batches:
+        if limit is not None:
+            batch = batch.slice(0, max(0, limit - builder.rows))
+        builder.add(batch.column(where), batch.column(what))
+        if limit is not None and builder.rows >= limit:
+            break
     return builder.finish(str(path), images)
 
 
@@ -184,8 +200,9 @@ def _open_table(
         where, what = _columns(names, path, location, caption)
 
     def skip(row: Any) -> str:
+        # Not counted as a row: it may be reported before the rows that stand above it, and the
+        # rows' numbers are their keys.
         builder.drop("malformed row")
-        builder.rows += 1
         return "skip"
 
     stream = pyarrow.csv.open_csv(
@@ -269,12 +286,12 @@ class _Builder:
                 f"no usable row among {self.rows} (dropped: {self.dropped})", where=source
             )
         numbers = np.concatenate(self.numbers)
-        locations = pa.concat_arrays(self.locations)
-        captions = pa.concat_arrays(self.captions)
-        self.locations, self.captions = [], []
-        where = _hashes(locations)
-        both = where * np.uint64(0x9E3779B97F4A7C15) ^ _hashes(captions)
-        keep = ~pd.Series(both).duplicated().to_numpy()
+        # Chunked, so that nothing is copied: of the longest columns there is only ever one.
+        locations, captions = pa.chunked_array(self.locations), pa.chunked_array(self.captions)
+        self.numbers, self.locations, self.captions = [], [], []
+        where = string_hashes(locations)
+        both = where * np.uint64(0x9E3779B97F4A7C15) ^ string_hashes(captions)
+        keep = first_of_each(both)
         self.drop("exact duplicate", int((~keep).sum()))
         if not keep.all():
             mask = pa.array(keep)
@@ -289,36 +306,29 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _hashes(values: pa.Array) -> np.ndarray:
-    """Return a 64-bit hash per string; among 10 million, a false match has odds of 1 : 370,000."""
-    parts = [
-        pd.util.hash_array(np.asarray(values.slice(start, 1 << 18).to_pylist(), dtype=object))
-        for start in range(0, len(values), 1 << 18)
-    ]
-    return np.concatenate(parts)
-
-
 def _grouped(
     numbers: np.ndarray,
     where: np.ndarray,
-    locations: pa.Array,
-    captions: pa.Array,
+    locations: pa.ChunkedArray,
+    captions: pa.ChunkedArray,
     source: str,
     images: str | Path | None,
     dropped: dict[str, int],
 ) -> CaptionTable:
     """Join the captions of rows that name the same image, in order of first appearance."""
-    codes, _ = pd.factorize(where)
-    order = np.argsort(codes, kind="stable")
-    counts = np.bincount(codes)
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    first = order[offsets[:-1]]
-    lists = pa.LargeListArray.from_arrays(
-        pa.array(offsets, pa.int64()),
-        captions if len(counts) == len(captions) else captions.take(pa.array(order)),
-    )
-    places = locations if len(first) == len(locations) else locations.take(pa.array(first))
-    keys = pc.utf8_lpad(pa.array(numbers[first]).cast(pa.large_string()), 9, "0")
+    if first_of_each(where).all():
+        lists = pa.chunked_array(
+            [_lists(np.arange(len(part) + 1), part) for part in captions.chunks]
+        )
+        places = locations
+    else:
+        codes, _ = pd.factorize(where)
+        order = np.argsort(codes, kind="stable")
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(codes))])
+        first = order[offsets[:-1]]
+        lists = _lists(offsets, captions.take(pa.array(order)).combine_chunks())
+        places, numbers = locations.take(pa.array(first)), numbers[first]
+    keys = pc.utf8_lpad(pa.array(numbers).cast(pa.large_string()), 9, "0")
     urls = pc.all(pc.match_substring_regex(places, "^[a-zA-Z][a-zA-Z0-9+.-]*://")).as_py()
     if not urls:
         base = Path(images) if images else Path(source).parent
@@ -331,6 +341,11 @@ def _grouped(
         }
     )
     return CaptionTable(frame, dict(sorted(dropped.items())), source)
+
+
+def _lists(offsets: np.ndarray, captions: pa.Array) -> pa.Array:
+    """Return one list of captions per image; `captions` is in the order of the images."""
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), captions)
 
 
 # --------------------------------------------------------------------- rows with several captions
