@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from data_prep.errors import UserError
 
@@ -210,7 +211,7 @@ def solve_convex(offers: Sequence[Offer], budget: float) -> Choice:
         path = [option for option in path if option.cost >= cheapest[offer.name].cost]
         if path[0] != cheapest[offer.name]:
             path.insert(0, cheapest[offer.name])
-        steps.extend((_slope(a, b), offer.name, a, b) for a, b in zip(path, path[1:], strict=False))
+        steps.extend((_slope(a, b), offer.name, a, b) for a, b in pairwise(path))
     steps.sort(key=lambda step: -step[0])
     stuck: set[str] = set()
     for _, name, before, after in steps:

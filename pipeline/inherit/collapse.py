@@ -23,7 +23,6 @@ from pipeline.inherit.calibrate import (
 )
 from pipeline.inherit.layers import InheritedConv2d, InheritedEmbedding, InheritedLinear
 from pipeline.inherit.sensitivity import drift
-from pipeline.inherit.sites import set_module
 
 CONSTANT = 0.01  # a gate whose weights vary by less than this (standard deviation) is constant
 

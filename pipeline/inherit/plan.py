@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pipeline.inherit.sites import unsupported_modules
+
+if TYPE_CHECKING:
+    from pipeline.inherit.budget import Choice
+    from pipeline.inherit.surgery import Job
+
+SPECTRUM_POINTS = 64
 
 
 @dataclass
@@ -94,23 +105,7 @@ class Plan:
             "energy",
             "",
         )
-        rows = [head]
-        for layer in self.layers:
-            rows.append(
-                (
-                    layer.name,
-                    layer.kind,
-                    "x".join(map(str, layer.shape)),
-                    "dense" if layer.rank is None else str(layer.rank),
-                    str(layer.heads or "-"),
-                    f"{layer.params_before:,}",
-                    f"{layer.params_after:,}",
-                    _millions(layer.macs_before),
-                    _millions(layer.macs_after),
-                    "" if layer.energy is None else f"{layer.energy:.3f}",
-                    layer.reason,
-                )
-            )
+        rows = [head, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         text_columns = (0, 1, 10)
         lines = [
@@ -137,5 +132,109 @@ class Plan:
         return "\n".join(lines)
 
 
+def _row(layer: LayerPlan) -> tuple[str, ...]:
+    return (
+        layer.name,
+        layer.kind,
+        "x".join(map(str, layer.shape)),
+        "dense" if layer.rank is None else str(layer.rank),
+        str(layer.heads or "-"),
+        f"{layer.params_before:,}",
+        f"{layer.params_after:,}",
+        _millions(layer.macs_before),
+        _millions(layer.macs_after),
+        "" if layer.energy is None else f"{layer.energy:.3f}",
+        layer.reason,
+    )
+
+
 def _millions(value: float | None) -> str:
     return "" if value is None else f"{value / 1e6:,.2f}"
+
+
+def tower_of(name: str, clip: bool) -> str:
+    """Name the tower a parameter or module belongs to."""
+    if not clip:
+        return "model"
+    return "visual" if name.startswith("visual.") else "text"
+
+
+def make_plan(model: nn.Module, job: Job, choice: Choice, budget: str, unit: str) -> Plan:
+    """Put the decisions into a plan, with totals per tower.
+
+    Args:
+        model: the teacher.
+        job: the inheritance: sites, decompositions, arm.
+        choice: the option of every considered layer.
+        budget: as asked.
+        unit: what it counts.
+    """
+    clip = hasattr(model, "encode_text")
+    towers: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        counts = towers.setdefault(tower_of(name, clip), {"before": 0, "after": 0})
+        counts["before"] += parameter.numel()
+        counts["after"] += parameter.numel()
+    layers = [_layer_plan(job, site, choice) for site in job.sites]
+    for layer in layers:
+        counts = towers[tower_of(layer.name, clip)]
+        counts["after"] += layer.params_after - layer.params_before
+    notes: dict[str, Any] = {}
+    if skipped := unsupported_modules(job.new):
+        notes["unsupported"] = [
+            {"name": name, "type": kind, "params": count, "reason": "no inherited layer: dense"}
+            for name, kind, count in skipped
+        ]
+    return Plan(
+        arm=job.arm,
+        budget=budget,
+        unit=unit,
+        total_before=sum(counts["before"] for counts in towers.values()),
+        total_after=sum(counts["after"] for counts in towers.values()),
+        macs_before=_sum(layer.macs_before for layer in layers),
+        macs_after=_sum(layer.macs_after for layer in layers),
+        towers=towers,
+        layers=layers,
+        structure=[],
+        notes=notes,
+    )
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _layer_plan(job: Job, site: Any, choice: Choice) -> LayerPlan:
+    """Describe one site."""
+    option = choice.get(site.name)
+    rank = None if option is None else option.rank
+    heads = 0 if option is None or rank is None else option.heads
+    shape = job.shape
+    after = site.dense_weights
+    if rank is not None:
+        after = site.rank_weights(rank, heads, shape.gated, shape.symmetric)
+    energy, reason, spectrum = None, site.blocked, []
+    if site.name in job.parts:
+        energies = job.parts[site.name].energies.sum(dim=0)
+        energies = energies / energies.sum().clamp_min(1e-30)
+        energy = 1.0 if rank is None else float(energies[:rank].sum())
+        step = max(1, len(energies) // SPECTRUM_POINTS)
+        spectrum = energies[::step].tolist()
+        if rank is None:
+            reason = "dense is no dearer than the rank the budget gives"
+    known = bool(site.positions)
+    return LayerPlan(
+        name=site.name,
+        kind=site.kind,
+        shape=site.shape,
+        rank=rank,
+        heads=heads,
+        params_before=site.dense_weights + site.bias,
+        params_after=after + site.bias,
+        macs_before=site.macs_before if known else None,
+        macs_after=site.macs(rank, max(heads, 1), shape.symmetric) if known else None,
+        reason=reason,
+        energy=energy,
+        spectrum=spectrum,
+    )

@@ -75,6 +75,8 @@ class _Sums:
     xx: Tensor
     yx: Tensor
     yy: Tensor
+    start_x: Tensor
+    start_y: Tensor
 
 
 def _sample(site: Site, x: Tensor, y: Tensor, mask: Tensor | None, settings: Settings) -> _Sums:
@@ -105,7 +107,16 @@ def _sample(site: Site, x: Tensor, y: Tensor, mask: Tensor | None, settings: Set
 
 
 def _add(total: _Sums | None, rows: Tensor, target: Tensor) -> _Sums:
+    """Add rows [G, n, I] and targets [G, n, O]; both are taken relative to the first rows' mean.
+
+    The products are single precision; without the common offset a large mean would drown the variance.
+    """
     rows, target = rows.float(), target.float()
+    if total is None:
+        start = (rows.mean(dim=1), target.mean(dim=1))
+    else:
+        start = (total.start_x, total.start_y)
+    rows, target = rows - start[0][:, None], target - start[1][:, None]
     new = _Sums(
         float(rows.shape[1]),
         rows.sum(dim=1).double(),
@@ -113,6 +124,7 @@ def _add(total: _Sums | None, rows: Tensor, target: Tensor) -> _Sums:
         torch.bmm(rows.mT, rows).double(),
         torch.bmm(target.mT, rows).double(),
         torch.bmm(target.mT, target).double(),
+        *start,
     )
     if total is None:
         return new
@@ -120,6 +132,10 @@ def _add(total: _Sums | None, rows: Tensor, target: Tensor) -> _Sums:
     for name in ("x", "y", "xx", "yx", "yy"):
         getattr(total, name).add_(getattr(new, name))
     return total
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, :, None] * b[:, None, :]
 
 
 def reduced_rank(
@@ -137,14 +153,17 @@ def reduced_rank(
     """
     n = sums.n
     x, y = sums.x / n, sums.y / n
-    xx, yx, yy = sums.xx / n, sums.yx / n, sums.yy / n
-    if shift:
-        xx = xx - x[:, :, None] * x[:, None, :]
-        yx = yx - y[:, :, None] * x[:, None, :]
-        yy = yy - y[:, :, None] * y[:, None, :]
-    power = xx.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
+    xx = sums.xx / n - _outer(x, x)
+    yx = sums.yx / n - _outer(y, x)
+    yy = sums.yy / n - _outer(y, y)
+    x, y = x + sums.start_x.double(), y + sums.start_y.double()
+    if not shift:
+        xx, yx, yy = xx + _outer(x, x), yx + _outer(y, x), yy + _outer(y, y)
+    diagonal = xx.diagonal(dim1=1, dim2=2).mean(dim=1)
+    # the second term covers rounding where the input hardly varies
+    power = settings.ridge * diagonal + 1e-7 * x.square().mean(dim=1) + 1e-12
     eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
-    ridge = settings.ridge * power[:, None, None] * eye
+    ridge = power[:, None, None] * eye
     residual = yx - weight @ xx
     factor = torch.linalg.cholesky(xx + ridge)
     full = weight + settings.strength * torch.cholesky_solve(residual.mT, factor).mT
@@ -177,7 +196,9 @@ class Refit:
         build: Callable[[Site, Fit], nn.Module],
         mask: TokenMask,
         sensitivity: Mapping[str, Tensor],
+        given: Mapping[str, nn.Module],
     ) -> None:
+        self.given = given
         self.sensitivity = sensitivity
         self.model, self.ranks, self.behind = model, ranks, behind
         self.settings, self.build, self.mask = settings, build, mask
@@ -198,6 +219,9 @@ class Refit:
         for name in self.ranks:
             module = self.sites[name].module
             self.handles.append(module.register_forward_hook(self._fit(name), prepend=True))
+        for name, layer in self.given.items():
+            module = self.sites[name].module
+            self.handles.append(module.register_forward_hook(self._use(layer), prepend=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -223,6 +247,13 @@ class Refit:
             scale = scale * channel_scale(self.model.get_submodule(step), width, scale)
         return scale
 
+    def _use(self, layer: nn.Module) -> Callable[..., Tensor]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            half = args[0].shape[0] // 2
+            return torch.cat([output[:half], layer(args[0][half:])])
+
+        return hook
+
     def _fit(self, name: str) -> Callable[..., Tensor]:
         site = self.sites[name]
 
@@ -244,7 +275,11 @@ class Refit:
         width = site.groups * site.width_out
         scale = self._scales(name, width, y)
         behind = self.behind.get(name, Behind([]))
-        safe = torch.where(scale.abs() < 1e-3 * scale.abs().max(), 1e-3 * scale.abs().max(), scale)
+        least = 1e-3 * scale.abs().max()
+        # channels that do not count (a BatchNorm weight near zero) keep a small weight
+        safe = (
+            torch.where(scale.abs() < least, least, scale) if least > 0 else torch.ones_like(scale)
+        )
         target = y
         bias = getattr(site.module, "bias", None)
         if bias is not None:
@@ -315,6 +350,7 @@ def sequential_fit(
     build: Callable[[Site, Fit], nn.Module],
     settings: Settings,
     sensitivity: Mapping[str, Tensor] | None = None,
+    given: Mapping[str, nn.Module] | None = None,
 ) -> Refit:
     """Re-fit every layer in `ranks` in one pass; returns the new layers by name, not yet put in place.
 
@@ -326,6 +362,8 @@ def sequential_fit(
         forward: how to run a batch.
         build: makes a layer from its factors.
         settings: of the regression.
+        sensitivity: weight of output errors per layer, instead of the BatchNorm's scale.
+        given: finished layers (embeddings) that the descendant's half uses.
     """
     mask = TokenMask()
     device = next(model.parameters()).device
@@ -333,7 +371,9 @@ def sequential_fit(
     both = to_device(twin(batches), device)
     with evaluating(model):
         behind = look_behind(model, sites, lambda: run_batch(model, probe, mask, forward))
-        with Refit(model, ranks, sites, behind, settings, build, mask, sensitivity or {}) as refit:
+        with Refit(
+            model, ranks, sites, behind, settings, build, mask, sensitivity or {}, given or {}
+        ) as refit:
             run_batch(model, both, mask, forward)
         refit.store_shifts()
     return refit

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.errors import UserError
 from pipeline.inherit import factorize
+from pipeline.inherit.allocate import (
+    Shape,
+    choose,
+    make_offers,
+    parse_budget,
+    structure_entry,
+    tail_energies,
+)
 from pipeline.inherit.attention import expose_module
-from pipeline.inherit.budget import SOLVERS, Choice, Offer, Option, fraction_choice, make_offer
+from pipeline.inherit.budget import SOLVERS, Choice, Offer
+from pipeline.inherit.cache import fingerprint, load_moments, store_moments
 from pipeline.inherit.calibrate import Forward, as_batches, collect, reestimate_batchnorm
 from pipeline.inherit.factorize import (
     ARMS,
@@ -26,133 +37,130 @@ from pipeline.inherit.factorize import (
     factors,
     fill_layer,
 )
-from pipeline.inherit.layers import GateMode, build_layer
-from pipeline.inherit.plan import LayerPlan, Plan
-from pipeline.inherit.sites import Site, expose, find_sites, set_module, unsupported_modules
+from pipeline.inherit.layers import GateMode, Inherited, build_layer
+from pipeline.inherit.plan import Plan, make_plan
+from pipeline.inherit.search import solve_fidelity, solve_latency
+from pipeline.inherit.sequential import Settings, sequential_fit
+from pipeline.inherit.sites import Site, expose, find_sites, set_module
 
 AUDIT_TOLERANCE = 1e-5
-UNITS = ("params", "weights", "macs", "rank")
+DATA_UNITS = ("macs", "latency", "fidelity")
 
 
-def parse_budget(text: str) -> tuple[str, float]:
-    """Split `params=0.4` into its unit and its share.
+@dataclass
+class Job:
+    """One inheritance under way: the exposed copy of the teacher, its sites, and how to treat them."""
 
-    Raises:
-        UserError: unknown unit, or a share that is not in (0, 1].
-    """
-    unit, _, value = text.partition("=")
-    try:
-        share = float(value)
-    except ValueError:
-        share = -1.0
-    if unit not in UNITS or not 0.0 < share <= 1.0:
-        raise UserError(
-            f"{text!r} is not a budget",
-            where="budget",
-            todo=f"write UNIT=SHARE with UNIT one of {', '.join(UNITS)} and a share above 0, at most 1",
-        )
-    return unit, share
+    teacher: nn.Module
+    new: nn.Module
+    sites: list[Site]
+    structure: list[dict[str, Any]]
+    batches: list[Any] | None
+    forward: Forward | None
+    arm: str
+    shape: Shape
+    mode: GateMode
+    seed: int
+    allocator: str
+    shrinkage: float
+    settings: Settings
+    moments: dict[str, Moments] = field(default_factory=dict)
+    parts: dict[str, Decomposition] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the teacher."""
+        return sum(p.numel() for p in self.teacher.parameters())
+
+    def data(self) -> list[Any]:
+        """Return the calibration batches of a job that needs them."""
+        assert self.batches is not None
+        return self.batches
 
 
 def inherit(
     model: nn.Module,
     budget: str = "params=0.4",
     calibration: Any = None,
-    heads: int = 3,
+    heads: int | str = 3,
     arm: str = "activation",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     seed: int = 0,
     forward: Forward | None = None,
     *,
-    allocator: str = "fraction",
+    allocator: str | None = None,
     gate: GateMode = "token",
     multiple: int | None = None,
     shrinkage: float = factorize.SHRINKAGE,
     batchnorm: bool | None = None,
+    refit: Mapping[str, Any] | None = None,
+    cache: str | Path | None = None,
 ) -> tuple[nn.Module, Plan]:
-    """Return a smaller descendant of `model` and the plan of how it was made; `model` stays as it was.
+    """Return a smaller descendant of `model` and the plan of how it was made; `model` stays.
 
     Args:
         model: any module with Conv2d, Linear, Embedding or attention layers; a CLIP is recognised.
-        budget: `params`, `weights` (of the layers considered only), `macs` or `rank`, as a share of the teacher.
-        calibration: one batch, an iterable of batches, or None. A CLIP's batch is (images [B,3,S,S], tokens [B,L]).
-        heads: heads per inherited layer; 1 has no gate.
+        budget: UNIT=SHARE of the teacher: `params`, `weights` (only of the layers considered), `macs`,
+            `latency` (of the first calibration batch on this machine), `rank` (one fraction for all
+            layers, none stays dense), or `fidelity`, the cosine the embeddings must keep.
+        calibration: a batch, an iterable of batches, or None. A CLIP's batch is a pair
+            (images [B,3,S,S], tokens [B,L]).
+        heads: heads per inherited layer; 1 has no gate; "auto" chooses 1 or 3 per layer.
         arm: initialisation, see docs/inheritance.md.
         include: shell globs on full module names; only these layers are inherited.
         exclude: shell globs; these stay dense.
-        seed: of the head deviations and random starts.
+        seed: of the head deviations, random starts and probes.
         forward: `forward(model, batch)`; by default a CLIP's two encoders, else `model(batch)`.
-        allocator: how ranks are chosen within the budget.
+        allocator: "fraction", "energy" or "sensitivity"; None is the best for arm and data.
         gate: gate of linear layers, "token" or "sequence".
         multiple: ranks are multiples of this; default 8 for layers of width 256 and more, else 1.
         shrinkage: λ of the moments.
-        batchnorm: re-estimate BatchNorm statistics; default: whenever there is calibration data.
+        batchnorm: re-estimate BatchNorm statistics; default: where layers were cut independently.
+        refit: keyword arguments of `sequential.Settings` for the arm "sequential".
+        cache: folder that keeps calibration moments by teacher and data.
 
     Raises:
         UserError: unusable budget, arm, weights, patterns or calibration data.
     """
-    _check(arm, heads, allocator)
     unit, share = parse_budget(budget)
+    allocator = allocator or ("energy" if arm in ("activation", "sequential") else "fraction")
+    count = _check(arm, heads, allocator)
     batches = None if calibration is None else as_batches(calibration)
-    if batches is None and arm not in WEIGHT_ONLY:
+    if batches is None and (arm not in WEIGHT_ONLY or unit in DATA_UNITS):
         raise UserError(
-            f"the arm {arm!r} needs calibration data",
+            f"the arm {arm!r} with a budget in {unit} needs calibration data",
             where="calibration",
-            todo="give calibration batches, or choose the arm 'svd', which uses the weights alone",
+            todo="give calibration batches; the arm 'svd' with params needs the weights alone",
         )
-    if batches is None and unit == "macs":
-        batches_needed = UserError(
-            "a budget in multiply-adds needs at least one batch",
-            where="calibration",
-            todo="give one batch",
-        )
-        raise batches_needed
     new = copy.deepcopy(model)
     structure: list[dict[str, Any]] = list(expose(new, include, exclude))
-    sites = find_sites(new, include, exclude)
-    moments: dict[str, Moments] = {}
-    if batches is not None:
-        wanted = arm not in WEIGHT_ONLY
-        moments = collect(new, sites, batches if wanted else batches[:1], forward, moments=wanted)
-    parts = {
-        site.name: decompose(site.matrix(), moments.get(site.name), shrinkage)
-        for site in sites
-        if not site.blocked
-    }
-    gated = arm != "no_gate"
-    symmetric = arm == "symmetric"
-    offers = [
-        _offer(site, parts[site.name], unit, heads, multiple, gated, symmetric)
-        for site in sites
-        if not site.blocked
-    ]
-    choice = _choose(offers, sites, model, unit, share, allocator)
-    plan = _make_plan(model, new, sites, choice, parts, arm, budget, unit, gated, symmetric)
-    generator = torch.Generator().manual_seed(seed)
-    worst = 0.0
-    for site in sites:
-        option = choice.get(site.name)
-        if option is None or option.rank is None:
-            continue
-        layer = build_layer(
-            site.module, option.rank, option.heads, gate=gated, symmetric=symmetric, mode=gate
-        )
-        pair = factors(site.matrix(), parts.pop(site.name), option.rank)
-        fill_layer(layer, site, pair, arm, generator)
-        worst = max(worst, _audit(layer, pair, site, arm))
-        set_module(new, site.name, layer)
-        structure.append(_structure_entry(site, option, gated, symmetric, gate))
-    plan.structure = structure
-    plan.notes["audit"] = worst
-    if batches is not None and (arm not in WEIGHT_ONLY if batchnorm is None else batchnorm):
+    job = Job(
+        model, new, find_sites(new, include, exclude), structure, batches, forward, arm,
+        Shape(count, arm != "no_gate", arm == "symmetric", multiple), gate, seed, allocator,
+        shrinkage, Settings(seed=seed, **(refit or {})),
+    )  # fmt: skip
+    _analyse(job, None if cache is None else Path(cache))
+    choice = _solve(job, unit, share)
+    plan = make_plan(model, job, choice, budget, unit)
+    made = build_all(job, choice)
+    for name, layer in made.layers.items():
+        set_module(new, name, layer)
+    plan.structure = structure + made.entries
+    plan.notes |= {"audit": made.audit, **made.notes}
+    for entry in plan.layers:
+        entry.error = made.errors.get(entry.name, entry.error)
+    if batches is not None and (
+        arm in ("activation", "no_gate", "symmetric") if batchnorm is None else batchnorm
+    ):
         plan.notes["batchnorm"] = reestimate_batchnorm(new, batches, forward)
     plan.total_after = sum(p.numel() for p in new.parameters())
     return new, plan
 
 
-def _check(arm: str, heads: int, allocator: str) -> None:
-    """Refuse unknown names."""
+def _check(arm: str, heads: int | str, allocator: str) -> int:
+    """Refuse unknown names; return the heads as a number, 0 for "auto"."""
     if arm not in ARMS:
         raise UserError(f"unknown arm {arm!r}", where="arm", todo=f"one of {', '.join(ARMS)}")
     if allocator not in SOLVERS:
@@ -161,74 +169,107 @@ def _check(arm: str, heads: int, allocator: str) -> None:
             where="allocator",
             todo=f"one of {', '.join(SOLVERS)}",
         )
-    if heads < 1:
-        raise UserError(f"{heads} heads", where="heads", todo="at least 1")
+    if heads == "auto":
+        return 0
+    if not isinstance(heads, int) or heads < 1:
+        raise UserError(f"{heads!r} heads", where="heads", todo="a number from 1, or 'auto'")
+    return heads
 
 
-def _offer(
-    site: Site,
-    parts: Decomposition,
-    unit: str,
-    heads: int,
-    multiple: int | None,
-    gated: bool,
-    symmetric: bool,
-) -> Offer:
-    """Describe what each rank of a layer costs and what energy it loses."""
-    energies = parts.energies.sum(dim=0)
-    energies = energies / energies.sum().clamp_min(1e-30)
-    tail = energies.flip(0).cumsum(0).flip(0).tolist() + [0.0]
-    heads = 1 if site.kind == "embedding" else heads
-    if multiple is None:
-        multiple = 8 if min(site.width_in, site.width_out) >= 256 else 1
+def _analyse(job: Job, cache: Path | None) -> None:
+    """Collect moments, decompose every layer, and set what each rank loses."""
+    wanted = job.arm not in WEIGHT_ONLY
+    if job.batches is not None:
+        batches = job.batches if wanted else job.batches[:1]
+        key = "" if cache is None else fingerprint(job.new, job.sites, batches, f"moments {wanted}")
+        known = None if cache is None else load_moments(cache, key, job.sites)
+        if known is None:
+            known = collect(job.new, job.sites, batches, job.forward, moments=wanted)
+            if cache is not None:
+                store_moments(cache, key, job.sites, known)
+        job.moments = known
+    for site in job.sites:
+        if not site.blocked:
+            moments = job.moments.get(site.name) if wanted else None
+            job.parts[site.name] = decompose(site.matrix(), moments, job.shrinkage)
+            job.losses[site.name] = tail_energies(job.parts[site.name])
+    if job.allocator == "sensitivity":
+        from pipeline.inherit.sensitivity import loss_curves
 
-    def cost(rank: int) -> float:
-        if unit == "macs":
-            return site.macs(rank, heads, symmetric)
-        return site.rank_weights(rank, heads, gated, symmetric)
-
-    # a layer that costs nothing dense (a lookup, counted in multiply-adds) stays dense
-    dense = site.macs(None, 1) if unit == "macs" else site.dense_weights
-    return make_offer(
-        site.name,
-        site.full_rank,
-        cost,
-        dense,
-        tail,
-        heads=heads,
-        multiple=multiple,
-        force=unit == "rank",
-    )
+        if job.batches is None:
+            raise UserError("sensitivities need calibration data", where="allocator=sensitivity")
+        job.losses = loss_curves(job.new, job.sites, job.parts, job.batches, job.forward, job.seed)
 
 
-def _choose(
-    offers: Sequence[Offer],
-    sites: Sequence[Site],
-    model: nn.Module,
-    unit: str,
-    share: float,
-    allocator: str,
-) -> Choice:
-    """Turn a share of the teacher into what the considered layers may cost, and solve."""
-    if unit == "rank":
-        return fraction_choice(offers, share)
-    considered = [site for site in sites if not site.blocked]
-    dense = float(sum(site.dense_weights for site in considered))
-    allowed = share * dense
-    if unit == "params":
-        everything = sum(p.numel() for p in model.parameters())
-        allowed = share * everything - (everything - dense)
-    elif unit == "macs":
-        everything_macs = sum(site.macs_before for site in sites)
-        fixed = sum(site.macs_before for site in sites if site.blocked)
-        allowed = share * everything_macs - fixed
-    return SOLVERS[allocator](offers, allowed)
+def _offers(job: Job, unit: str, timings: Any = None) -> list[Offer]:
+    return make_offers(job.sites, job.losses, unit, job.shape, timings)
 
 
-def _audit(
-    layer: nn.Module, pair: tuple[torch.Tensor, torch.Tensor], site: Site, arm: str
-) -> float:
-    """Compare the layer's dense equivalent with the intended rank-r map; return the relative error.
+def _solve(job: Job, unit: str, share: float) -> Choice:
+    """Choose the ranks for a budget in any unit."""
+    if unit == "latency":
+        return solve_latency(job, share)
+    if unit == "fidelity":
+        return solve_fidelity(job, share, build_all)
+    return choose(_offers(job, unit), job.sites, job.parameters, unit, share, job.allocator)
+
+
+@dataclass
+class Made:
+    """Built layers by name, their structure entries, the worst audit error and output errors."""
+
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    audit: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def build_all(job: Job, choice: Choice) -> Made:
+    """Build every layer that a choice inherits; the model itself is not changed but for BatchNorm means."""
+    made = Made()
+    generator = torch.Generator().manual_seed(job.seed)
+
+    def build(site: Site, pair: tuple[Tensor, Tensor]) -> Inherited:
+        option = choice[site.name]
+        assert option.rank is not None
+        layer = build_layer(
+            site.module, option.rank, option.heads,
+            gate=job.shape.gated, symmetric=job.shape.symmetric, mode=job.mode,
+        )  # fmt: skip
+        fill_layer(layer, site, pair, job.arm, generator)
+        made.audit = max(made.audit, audit(layer, pair, site, job.arm))
+        return layer
+
+    chosen = [s for s in job.sites if s.name in choice and choice[s.name].rank is not None]
+    ranks = {site.name: choice[site.name].rank or 0 for site in chosen}
+    refitted: set[str] = set()
+    if job.arm == "sequential":
+        # a lookup's input is exact: its best map is the plain one
+        fitted = {s.name: ranks[s.name] for s in chosen if s.kind != "embedding"}
+        first = {s.name: build(s, _plain(job, s, ranks)) for s in chosen if s.kind == "embedding"}
+        done = sequential_fit(
+            job.new, job.sites, fitted, job.data(), job.forward,
+            lambda site, fit: build(site, (fit.up, fit.down)), job.settings, given=first,
+        )  # fmt: skip
+        made.layers |= {**first, **done.layers}
+        made.errors = {name: fit.error for name, fit in done.fits.items()}
+        refitted = set(made.layers)
+    for site in chosen:
+        if site.name not in refitted:
+            made.layers[site.name] = build(site, _plain(job, site, ranks))
+        entry = structure_entry(site, choice[site.name], job.shape, job.mode)
+        made.entries.append(entry)
+    return made
+
+
+def _plain(job: Job, site: Site, ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Return the factors of a layer cut on its own."""
+    return factors(site.matrix(), job.parts[site.name], ranks[site.name])
+
+
+def audit(layer: nn.Module, pair: tuple[Tensor, Tensor], site: Site, arm: str) -> float:
+    """Compare a layer's dense equivalent with the intended rank-r map; return the relative error.
 
     Raises:
         RuntimeError: it differs by more than 1e-5, which is a bug.
@@ -240,143 +281,44 @@ def _audit(
         intended = intended / layer.heads  # type: ignore[operator]
     actual = layer.intended().detach().double()  # type: ignore[operator]
     actual = actual.T if site.kind == "embedding" else actual.reshape(intended.shape)
-    error = float((actual - intended).norm() / intended.norm().clamp_min(1e-30))
-    if error > AUDIT_TOLERANCE and float(intended.norm()) > 1e-20:
-        raise RuntimeError(
-            f"{site.name}: the inherited layer differs from its rank-r map by {error:.2e}"
-        )
+    norm = float(intended.norm())
+    error = float((actual - intended).norm()) / max(norm, 1e-30)
+    if error > AUDIT_TOLERANCE and norm > 1e-20:
+        raise RuntimeError(f"{site.name}: differs from its intended map by {error:.2e}")
     return error
 
 
-def _structure_entry(
-    site: Site, option: Option, gated: bool, symmetric: bool, mode: str
-) -> dict[str, Any]:
-    """Describe an inherited layer for `rebuild`."""
-    entry: dict[str, Any] = {
-        "name": site.name,
-        "kind": site.kind,
-        "rank": option.rank,
-        "heads": option.heads,
-    }
-    if site.kind != "embedding":
-        entry |= {"gate": gated, "symmetric": symmetric}
-    if site.kind == "linear":
-        entry["mode"] = mode
-    return entry
-
-
-def tower_of(name: str, clip: bool) -> str:
-    """Name the tower a parameter or module belongs to."""
-    if not clip:
-        return "model"
-    return "visual" if name.startswith("visual.") else "text"
-
-
-def _make_plan(
-    model: nn.Module,
-    new: nn.Module,
-    sites: Sequence[Site],
-    choice: Choice,
-    parts: Mapping[str, Decomposition],
-    arm: str,
-    budget: str,
-    unit: str,
-    gated: bool,
-    symmetric: bool,
-) -> Plan:
-    """Put the decisions into a plan, with totals per tower."""
-    clip = hasattr(model, "encode_text")
-    known = any(site.positions for site in sites)
-    layers = []
-    towers: dict[str, dict[str, int]] = {}
-    for name, parameter in model.named_parameters():
-        counts = towers.setdefault(tower_of(name, clip), {"before": 0, "after": 0})
-        counts["before"] += parameter.numel()
-        counts["after"] += parameter.numel()
-    for site in sites:
-        option = choice.get(site.name)
-        rank = None if option is None else option.rank
-        heads = 0 if option is None or rank is None else option.heads
-        after = (
-            site.dense_weights if rank is None else site.rank_weights(rank, heads, gated, symmetric)
-        )
-        reason = site.blocked
-        energy = None
-        if site.name in parts:
-            energies = parts[site.name].energies.sum(dim=0)
-            energy = (
-                1.0
-                if rank is None
-                else float(energies[:rank].sum() / energies.sum().clamp_min(1e-30))
-            )
-            if rank is None:
-                reason = "the factored form would not be smaller at the rank the budget gives"
-        towers[tower_of(site.name, clip)]["after"] += after - site.dense_weights
-        layers.append(
-            LayerPlan(
-                site.name,
-                site.kind,
-                site.shape,
-                rank,
-                heads,
-                site.dense_weights + site.bias,
-                after + site.bias,
-                site.macs_before if known else None,
-                site.macs(rank, max(heads, 1), symmetric) if known else None,
-                reason,
-                energy,
-            )  # fmt: skip
-        )
-    macs = [layer.macs_before for layer in layers if layer.macs_before is not None]
-    macs_after = [layer.macs_after for layer in layers if layer.macs_after is not None]
-    notes: dict[str, Any] = {}
-    if skipped := unsupported_modules(new):
-        notes["unsupported"] = [
-            {
-                "name": name,
-                "type": kind,
-                "params": count,
-                "reason": "no inherited layer; stays dense",
-            }
-            for name, kind, count in skipped
-        ]
-    return Plan(
-        arm, budget, unit,
-        sum(counts["before"] for counts in towers.values()),
-        sum(counts["after"] for counts in towers.values()),
-        sum(macs) if known else None,
-        sum(macs_after) if known else None,
-        towers, layers, [], notes,
-    )  # fmt: skip
-
-
 def rebuild(model: nn.Module, structure: Iterable[Mapping[str, Any]]) -> None:
-    """Replace, in place, the dense modules of a fresh model by empty inherited ones, as a plan's structure says.
+    """Replace, in place, the dense modules of a fresh model by empty inherited ones.
+
+    Args:
+        model: the dense architecture.
+        structure: a plan's structure.
 
     Raises:
         UserError: the structure does not fit this architecture.
     """
     for entry in structure:
         name, kind = str(entry["name"]), str(entry["kind"])
+        mismatch = "the checkpoint and its architecture do not belong together"
         try:
             dense = model.get_submodule(name)
         except AttributeError as error:
             raise UserError(
-                f"the structure names a layer {name!r} that the architecture does not have",
-                where="structure",
-                todo="the checkpoint and its architecture do not belong together",
+                f"the architecture has no layer {name!r}", where="structure", todo=mismatch
             ) from error
         try:
             if kind in ("attention", "clip_attention", "attention_pool"):
                 set_module(model, name, expose_module(dense, kind))
                 continue
             options = {key: entry[key] for key in ("gate", "symmetric", "mode") if key in entry}
-            set_module(
-                model, name, build_layer(dense, int(entry["rank"]), int(entry["heads"]), **options)
-            )
+            layer = build_layer(dense, int(entry["rank"]), int(entry["heads"]), **options)
+            if layer.kind != kind:
+                raise TypeError(f"it is a {layer.kind} layer")
+            set_module(model, name, layer)
         except (TypeError, ValueError, AttributeError, KeyError, AssertionError) as error:
             raise UserError(
                 f"the structure asks for {kind!r} in place of {type(dense).__name__}: {error}",
                 where=name,
-                todo="the checkpoint and its architecture do not belong together",
+                todo=mismatch,
             ) from error
