@@ -114,6 +114,9 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--stage", metavar="STAGE", help="one stage alone, e.g. evaluate:student (used by jobs)"
     )
+    parser.add_argument(
+        "--slice", metavar="I/N", help="one slice of --stage prepare (used by the jobs of an array)"
+    )
     parser.set_defaults(run=_run)
 
 
@@ -201,6 +204,8 @@ def _run(args: argparse.Namespace) -> int:
     say = Console()
     if args.dry_run:
         return dry_run(experiment, run, args.only, say)
+    if args.stage == "prepare" and args.slice:
+        return runner.run_slice(experiment, run, args.slice, say)
     if args.stage:
         return runner.run_single(experiment, run, args.stage, say)
     return runner.run_experiment(experiment, run, args.only, say)

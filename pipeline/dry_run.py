@@ -54,11 +54,12 @@ def _concerns(stage: Stage, missing: dict[str, tuple[str, str]]) -> bool:
 def find_missing(experiment: Experiment, graph: Graph) -> dict[str, tuple[str, str]]:
     """Return what is not here, as {place: (what, what to do)}: shards, evaluation sets, weights."""
     missing: dict[str, tuple[str, str]] = {}
-    if experiment.data.scenes is None:
+    if experiment.data.scenes is None and experiment.data.prepare is None:
         try:
             ShardSet.find(graph.data_root, experiment.data.train)
         except UserError as error:
             missing["train"] = (f"training shards: {error.where or ''} {error.what}", error.todo)
+    if experiment.data.scenes is None:
         for item in experiment.eval.with_root(graph.data_root).sets:
             try:
                 item.open()

@@ -26,6 +26,30 @@ ARM_KINDS = ("pretrained", "scratch", "inherited")
 INHERIT_ARMS = ("activation", "svd", "paper", "random", "no_gate", "symmetric")
 
 
+class PrepareSettings(Strict):
+    """How the training shards are made where they are not there yet."""
+
+    arguments: list[str] = Field(
+        ..., min_length=1, description="what follows `inherclip prepare`, without --out and --slice"
+    )
+    slices: int = Field(1, ge=1, le=1000, description="parts that the jobs of an array make")
+
+    @field_validator("arguments")
+    @classmethod
+    def _ours_to_say(cls, arguments: list[str]) -> list[str]:
+        for option in ("--out", "--slice"):
+            if any(a == option or a.startswith(f"{option}=") for a in arguments):
+                raise ValueError(f"{option} is filled in from data.root and slices; leave it out")
+        return arguments
+
+    @model_validator(mode="after")
+    def _can_be_sliced(self) -> PrepareSettings:
+        sources = ("cc3m", "cc12m", "urls", "folder")
+        if self.slices > 1 and self.arguments[0] not in sources:
+            raise ValueError(f"only {', '.join(sources)} can be made in slices")
+        return self
+
+
 class DataSettings(Strict):
     """Where the training pairs come from."""
 
@@ -33,6 +57,7 @@ class DataSettings(Strict):
         None, description="render the embedded data set instead of reading shards from `root`"
     )
     root: Path | None = Field(None, description="folder of the shards; also of evaluation sets")
+    prepare: PrepareSettings | None = Field(None, description="make the shards in `root` first")
     train: str | list[str] = Field(..., description="training shards: names with {0..9} or globs")
     expected_samples: int | None = Field(
         None, ge=1, description="official number of pairs; a shortfall is named, never hidden"
@@ -42,6 +67,8 @@ class DataSettings(Strict):
     def _one_source(self) -> DataSettings:
         if self.scenes is None and self.root is None:
             raise ValueError("give root (a folder of shards) or scenes (the embedded data)")
+        if self.prepare is not None and (self.root is None or self.scenes is not None):
+            raise ValueError("prepare makes shards in root: give root, and no scenes")
         return self
 
 

@@ -15,12 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import UserError
 from data_prep.files import atomic_write
 from data_prep.reader import ShardSet
 from pipeline.experiment import Experiment, InheritedArm, PretrainedArm, ScratchArm
 
 # Raise a number when the code of a stage changes its result: finished work of that stage is redone.
-VERSIONS = {"data": 1, "obtain": 1, "inherit": 1, "train": 1, "evaluate": 1, "compare": 1}
+VERSIONS = {
+    "prepare": 1,
+    "data": 1,
+    "obtain": 1,
+    "inherit": 1,
+    "train": 1,
+    "evaluate": 1,
+    "compare": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Stage:
 
     @property
     def verb(self) -> str:
-        """The kind of stage: data, obtain, inherit, train, evaluate, compare."""
+        """The kind of stage: prepare, data, obtain, inherit, train, evaluate, compare."""
         return self.name.partition(":")[0]
 
 
@@ -83,7 +92,12 @@ class Graph:
         """Hash of the training shards that lie there; scenes are a function of their config."""
         if self.experiment.data.scenes is not None:
             return "scenes"
-        return ShardSet.find(self.data_root, self.experiment.data.train).fingerprint
+        try:
+            return ShardSet.find(self.data_root, self.experiment.data.train).fingerprint
+        except UserError:
+            if self.experiment.data.prepare is None:
+                raise
+            return "not prepared yet"
 
     def marker(self, name: str) -> Path:
         """Return the path of a stage's done-marker."""
@@ -99,6 +113,10 @@ class Graph:
         return marker.get("fingerprint") == self.fingerprint(name) and all(
             (self.run / output).exists() for output in outputs
         )
+
+    def look_again(self) -> None:
+        """Forget the fingerprints: a stage has changed the data."""
+        self._fingerprints.clear()
 
     def mark_done(self, name: str, seconds: float) -> None:
         """Write a stage's done-marker; always the last thing that a stage does."""
@@ -134,7 +152,13 @@ class Graph:
 
 def _stages(experiment: Experiment, root: Path) -> Iterator[Stage]:
     data = experiment.data.model_dump(mode="json")
-    yield Stage("data", None, (), {"data": data, "root": str(root)}, ())
+    after: tuple[str, ...] = ()
+    if experiment.data.prepare is not None:
+        after = ("prepare",)
+        arguments = experiment.data.prepare.arguments
+        yield Stage("prepare", None, (), {"arguments": arguments, "root": str(root)}, ())
+    data.pop("prepare")
+    yield Stage("data", None, after, {"data": data, "root": str(root)}, ())
     for name in _in_order(experiment):
         yield from _arm_stages(experiment, name)
     evaluations = tuple(f"evaluate:{name}" for name in experiment.arms)

@@ -83,6 +83,8 @@ def _run_one(
     if stage.verb == "compare" and any(not graph.is_done(name) for name in stage.after):
         return  # a table with holes is shown, but not final
     graph.mark_done(stage.name, seconds)
+    if stage.verb == "prepare":
+        graph.look_again()
     if stage.arm:
         (graph.run / "arms" / stage.arm / "status.json").unlink(missing_ok=True)
     say.print(f"  done in {duration(seconds)}", style="dim", highlight=False)
@@ -146,6 +148,24 @@ def run_single(experiment: Experiment, run: Path, name: str, say: Console) -> in
         graph.mark_done(name, time.time() - begun)
         if stage.arm:
             (run / "arms" / stage.arm / "status.json").unlink(missing_ok=True)
+    return 0
+
+
+def run_slice(experiment: Experiment, run: Path, part: str, say: Console) -> int:
+    """Run one slice I/N of the stage `prepare`: what one job of an array does.
+
+    Raises:
+        UserError: the experiment prepares no data, or the preparation failed.
+    """
+    from data_prep.prepare import parse_slice
+    from pipeline.stages import Workplace, prepare
+
+    if experiment.data.prepare is None:
+        raise UserError("the experiment prepares no data", where="data.prepare")
+    graph = Graph(experiment, run)
+    begun = time.time()
+    if prepare(Workplace(experiment, graph, say.print), *parse_slice(part)):
+        graph.mark_done("prepare", time.time() - begun)
     return 0
 
 

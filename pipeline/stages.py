@@ -13,6 +13,7 @@ import torch
 from data_prep.errors import UserError
 from data_prep.files import atomic_write
 from data_prep.reader import ShardSet
+from data_prep.shards import manifest_path
 from eval.suite import Suite
 from pipeline.experiment import Arm, Experiment, InheritedArm, PretrainedArm, ScratchArm
 from pipeline.graph import Graph, Stage
@@ -71,12 +72,43 @@ def run_stage(place: Workplace, stage: Stage) -> None:
         "train": _train,
         "evaluate": _evaluate,
     }
-    if stage.verb == "data":
+    if stage.verb == "prepare":
+        prepare(place, 0, 1)
+    elif stage.verb == "data":
         _data(place)
     elif stage.verb == "compare":
         compare(place.run)
     else:
         bodies[stage.verb](place, str(stage.arm), arm)
+
+
+def prepare(place: Workplace, part: int, parts: int) -> bool:
+    """Make the training shards, or one slice of them; return whether all slices are done.
+
+    Raises:
+        UserError: the preparation ended with a fault; the finished shards are kept.
+    """
+    import argparse
+
+    from data_prep.commands import add_prepare_arguments, run_prepare
+
+    settings = place.experiment.data.prepare
+    assert settings is not None
+    arguments = [*settings.arguments, "--out", str(place.graph.data_root)]
+    if parts > 1:
+        arguments += ["--slice", f"{part}/{parts}"]
+    parser = argparse.ArgumentParser(prog="data.prepare.arguments")
+    add_prepare_arguments(parser)
+    args = parser.parse_args(arguments)
+    code = run_prepare(args)
+    if code:
+        raise UserError(
+            f"preparing the data ended with code {code}",
+            where="inherclip prepare " + " ".join(arguments),
+            todo="the reason stands above; finished shards are kept, the same command continues",
+        )
+    # the slice that ends last writes the manifest of all
+    return parts == 1 or manifest_path(place.graph.data_root, args.prefix).is_file()
 
 
 def _data(place: Workplace) -> None:
@@ -87,7 +119,23 @@ def _data(place: Workplace) -> None:
         build_scenes(scenes, place.graph.data_root)
     for item in suite(place).sets:
         item.open()
-    place.training_shards()
+    shards = place.training_shards()
+    if place.experiment.data.prepare is not None:
+        _verify(place)
+    place.say(f"data: {shards.num_samples:,} training pairs in {len(shards.shards)} shards")
+
+
+def _verify(place: Workplace) -> None:
+    """Check freshly made shards against their manifest before days of training depend on them."""
+    from data_prep.verify import verify
+
+    found = verify(place.graph.data_root, place.experiment.data.train, decode=False).findings
+    if found:
+        raise UserError(
+            f"{len(found)} things are wrong with the prepared shards, e.g. {found[0]}",
+            where=str(place.graph.data_root),
+            todo="see all with `inherclip verify`; `--repair` drops what is broken",
+        )
 
 
 def suite(place: Workplace) -> Suite:

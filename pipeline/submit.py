@@ -45,6 +45,10 @@ def slurm_stage(
     config = str(graph.run / "config.yaml")
     command = [python, "-m", "pipeline.cli", "run", config, "--out", str(graph.run)]
     command += ["--stage", stage.name]
+    slices = None
+    if stage.verb == "prepare" and experiment.data.prepare is not None:
+        slices = experiment.data.prepare.slices
+        command += ["--slice", "{slice}/{slices}"]
     progress = total = None
     arm = experiment.arms[stage.arm] if stage.arm else None
     if stage.verb == "train" and arm is not None and not isinstance(arm, PretrainedArm):
@@ -58,6 +62,7 @@ def slurm_stage(
         resources=cluster.for_kind(stage.verb),
         after=stage.after,
         after_any=stage.verb == "compare",
+        array=slices,
         done=_done(graph, stage.name),
         resumable=stage.verb == "train",
         progress=progress,

@@ -135,6 +135,39 @@ def test_interrupted_in_training_the_same_command_ends_with_the_same_weights(
 
 
 @pytest.mark.slow
+def test_two_local_processes_save_on_a_signal_and_the_same_command_goes_on(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config, run = finished
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    longer = ("--set", "arms.student.train.steps=300", "--set", "processes=2")
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--out", str(copy)]
+    child = subprocess.Popen(
+        [*command, *longer, "--only", "student"],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    log = copy / "arms/student/train.jsonl"
+    deadline = time.monotonic() + 120
+    while '"step": 15' not in log.read_text():
+        assert time.monotonic() < deadline
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    output = child.communicate(timeout=120)[0].decode()
+    assert child.returncode == 75, output
+    assert list((copy / "arms/student/resume").glob("step-*/state.json"))
+    done = inherclip("run", config, "--out", copy, *longer, "--only", "student")
+    assert "student: trained 300 steps" in done.stdout + output
+    description = json.loads((copy / "arms/student/checkpoint/model.json").read_text())
+    assert description["provenance"]["world_size"] == 2
+    assert description["provenance"]["steps"] == 300
+
+
+@pytest.mark.slow
 def test_an_arm_that_fails_leaves_the_others_and_a_marked_row(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
