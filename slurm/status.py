@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from slurm.attempt import State, last_record
 from slurm.errors import SlurmError
 from slurm.ledger import Entry, Folder, Ledger
 
+NOT_STARTED = "cancelled before it started"
 _TAIL = 32_768
 _OUT_OF_MEMORY = re.compile(
     r"oom[-_ ]kill|out of memory|OutOfMemoryError|exceeded (job )?memory limit"
@@ -127,10 +128,8 @@ def explain(
     if word == "NODE_FAIL":
         return "a node failed" + (f" ({info.nodes})" if info and info.nodes else "")
     if word == "CANCELLED":
-        if info and info.reason.startswith("Dependency"):
-            return "never started: what it waits for failed"
         started = state is not None and state.starts > 0
-        return "cancelled" if started else "cancelled before it started"
+        return "cancelled" if started else NOT_STARTED
     if state is not None and state.note and state.state in ("crash_loop", "failed"):
         return state.note + (f"; {message}" if message else "")
     if message:
@@ -188,12 +187,18 @@ class Reader:
         if self.reachable:
             queue = client.queue()
             books = client.accounting({name.split("_")[0] for name in self._ids(ledger)})
-        found = []
+        found: list[JobStatus] = []
+        broken: dict[str, str] = {}
         for stage, entry in ledger.stages.items():
-            latest = entry.latest() or [(None, "")]
-            found += [
-                self._one(stage, entry, part, job, queue, books or {}) for part, job in latest
-            ]
+            for part, job in entry.latest() or [(None, "")]:
+                one = self._one(stage, entry, part, job, queue, books or {})
+                blocked = next((name for name in entry.after if name in broken), None)
+                if one.reason == NOT_STARTED and blocked and not entry.after_any:
+                    one = replace(one, reason=f"never started: {blocked} {broken[blocked]}")
+                if one.state in ("failed", "cancelled", "preempted"):
+                    was = "was " if one.state == "cancelled" else ""
+                    broken[stage] = f"{was}{one.state}"
+                found.append(one)
         return ledger, found
 
     def _ids(self, ledger: Ledger) -> set[str]:
@@ -331,6 +336,20 @@ def stage_states(run: str | Path) -> dict[str, tuple[str, str]]:
         order = {state: rank for rank, state in enumerate(reversed(worst), 1)}
         if present is None or order.get(job.state, 0) > order.get(present[0], 0):
             found[job.stage] = (job.state, job.reason)
+    return found
+
+
+def broken_arms(run: str | Path) -> dict[str, tuple[str, str]]:
+    """Return {arm: (`failed` or `cancelled`, reason)}, by the stages `VERB:ARM` of a run.
+
+    The first stage of an arm that went wrong counts; what never started because of it does not.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for stage, (state, reason) in stage_states(run).items():
+        arm = stage.partition(":")[2]
+        if arm and arm not in found and state in ("failed", "cancelled", "preempted"):
+            word = "cancelled" if state == "cancelled" else "failed"
+            found[arm] = (word, f"{stage}: {reason}" if reason else stage)
     return found
 
 

@@ -162,7 +162,7 @@ def test_crash_loop_stops_and_says_why(cluster: Cluster, run: Path) -> None:
     assert "the loss is not finite at step 7" in jobs["train:a"].reason
     assert jobs["train:a"].restarts == 1  # the first crash came after 7 new steps
     assert jobs["after"].state == "cancelled"
-    assert jobs["after"].reason == "never started: what it waits for failed"
+    assert jobs["after"].reason == "never started: train:a failed"
 
 
 def test_failing_slice_is_resubmitted_alone(cluster: Cluster, run: Path) -> None:

@@ -11,7 +11,16 @@ from slurm.attempt import State, write_state
 from slurm.errors import SlurmError
 from slurm.jobs import ClusterProfile, Resources, Stage
 from slurm.ledger import Entry, Folder
-from slurm.status import JobStatus, Reader, exception_in, explain, last_line, stage_states, table
+from slurm.status import (
+    JobStatus,
+    Reader,
+    broken_arms,
+    exception_in,
+    explain,
+    last_line,
+    stage_states,
+    table,
+)
 from slurm.submit import submit_graph
 from tests.slurm.conftest import Fake
 
@@ -66,7 +75,6 @@ STARTED = State(state="running", starts=1, job="1")
         ("NODE_FAIL", "", STARTED, "", "a node failed (n0)"),
         ("CANCELLED", "", STARTED, "", "cancelled"),
         ("CANCELLED", "", None, "", "cancelled before it started"),
-        ("CANCELLED", "DependencyNeverSatisfied", None, "", "never started: what it waits for"),
         ("FAILED", "", STARTED, TRACEBACK, "ValueError: the loss is nan"),
         ("FAILED", "", State(code=7, starts=1), "hm\n", "exit code 7"),
         (
@@ -181,6 +189,33 @@ def test_worst_slice_counts_for_the_stage(tmp_path: Path, fake: Fake) -> None:
     fake.set("101", slices={"0": "COMPLETED", "1": "CANCELLED"})
     assert stage_states(run)["prepare"] == ("cancelled", "cancelled before it started")
     assert stage_states(tmp_path / "elsewhere") == {}
+
+
+def test_what_never_started_names_its_cause(tmp_path: Path, fake: Fake) -> None:
+    stages = [
+        Stage("train:a", ["t"]),
+        Stage("evaluate:a", ["e"], after=["train:a"]),
+        Stage("publish:a", ["p"], after=["evaluate:a"]),
+    ]
+    submit_graph(stages, ClusterProfile(), tmp_path, say=lambda _: None)
+    fake.set("101", state="FAILED")
+    fake.set("102", state="CANCELLED")
+    fake.set("103", state="CANCELLED")
+    reasons = {job.stage: job.reason for job in Reader(tmp_path).read()[1]}
+    assert reasons["evaluate:a"] == "never started: train:a failed"
+    assert reasons["publish:a"] == "never started: evaluate:a was cancelled"
+
+
+def test_broken_arms_for_the_table(tmp_path: Path, fake: Fake) -> None:
+    run = a_run(tmp_path)
+    assert broken_arms(run) == {}
+    fake.set("102", state="CANCELLED")
+    fake.set("103", state="TIMEOUT")
+    assert broken_arms(run) == {
+        "a": ("cancelled", "train:a: cancelled before it started"),
+        "b": ("failed", "train:b: time limit of 02:00:00 reached"),
+    }
+    assert broken_arms(tmp_path / "elsewhere") == {}
 
 
 def test_table_is_narrow_where_there_is_nothing_to_say() -> None:
