@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from eval.contracts import encode, evaluating, floating_dtype
@@ -89,6 +88,8 @@ def multiply_adds(model: nn.Module, image_size: int, context_length: int) -> int
 
 def _seconds(run: Callable[[], Any], threads: int, min_seconds: float) -> float:
     """Return the median seconds of one call, after warming up; waits for the GPU by itself."""
+    from torch.utils.benchmark import Timer  # its import warns where a CUDA toolkit has no GPU
+
     for _ in range(2):
         run()
     timer = Timer("run()", globals={"run": run}, num_threads=threads)
