@@ -61,7 +61,7 @@ class Graph:
 
     def __init__(self, experiment: Experiment, run: Path) -> None:
         self.experiment, self.run = experiment, run
-        self.stages = {stage.name: stage for stage in _stages(experiment, self.data_root)}
+        self.stages = {stage.name: stage for stage in _stages(experiment)}
         self._fingerprints: dict[str, str] = {}
 
     @property
@@ -84,6 +84,8 @@ class Graph:
             }
             if stage.verb == "data":
                 content["shards"] = self._shards()
+            if stage.verb == "evaluate":
+                content["sets"] = self._sets()
             text = json.dumps(content, sort_keys=True, default=str)
             self._fingerprints[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._fingerprints[name]
@@ -98,6 +100,13 @@ class Graph:
             if self.experiment.data.prepare is None:
                 raise
             return "not prepared yet"
+
+    def _sets(self) -> list[str]:
+        """Hashes of the evaluation sets; rendered scenes follow from their configuration."""
+        if self.experiment.data.scenes is not None:
+            return ["scenes"]
+        sets = self.experiment.eval.with_root(self.data_root).sets
+        return [item.open().fingerprint for item in sets]
 
     def marker(self, name: str) -> Path:
         """Return the path of a stage's done-marker."""
@@ -150,15 +159,15 @@ class Graph:
         return [s for s in self.stages.values() if s.name in keep or s.name == "compare"]
 
 
-def _stages(experiment: Experiment, root: Path) -> Iterator[Stage]:
-    data = experiment.data.model_dump(mode="json")
+def _stages(experiment: Experiment) -> Iterator[Stage]:
+    # Shards count by their content, not by where they lie: a moved folder redoes nothing.
+    data = experiment.data.model_dump(mode="json", exclude={"root", "prepare"})
     after: tuple[str, ...] = ()
     if experiment.data.prepare is not None:
         after = ("prepare",)
         arguments = experiment.data.prepare.arguments
-        yield Stage("prepare", None, (), {"arguments": arguments, "root": str(root)}, ())
-    data.pop("prepare")
-    yield Stage("data", None, after, {"data": data, "root": str(root)}, ())
+        yield Stage("prepare", None, (), {"arguments": arguments}, ())
+    yield Stage("data", None, after, {"data": data}, ())
     for name in _in_order(experiment):
         yield from _arm_stages(experiment, name)
     evaluations = tuple(f"evaluate:{name}" for name in experiment.arms)
@@ -209,7 +218,8 @@ def _arm_stages(experiment: Experiment, name: str) -> Iterator[Stage]:
         )
         training = _shaping(arm.model_dump(mode="json", include={"objective", "train"}))
         yield Stage(last, name, ("data", inherit, teacher), seed | training, checkpoint)
-    suite = experiment.eval.model_dump(mode="json")
+    where = {"sets": {"__all__": {"root"}}, "workers": True}
+    suite = experiment.eval.model_dump(mode="json", exclude=where)  # type: ignore[arg-type]
     before = isinstance(arm, InheritedArm)
     outputs = (f"arms/{name}/eval.json", *((f"arms/{name}/eval_before.json",) if before else ()))
     yield Stage(f"evaluate:{name}", name, ("data", last), {"suite": suite}, outputs)
