@@ -63,6 +63,22 @@ def is_reachable() -> bool:
     return result.returncode == 0 and " is UP" in result.stdout
 
 
+def require() -> None:
+    """Make sure that jobs can be submitted from here.
+
+    Raises:
+        SlurmError: SLURM is not installed, or no controller answers.
+    """
+    if not is_here():
+        raise SlurmError("there is no SLURM here (sbatch not found)", todo=_HELP)
+    if not is_reachable():
+        raise SlurmError(
+            "SLURM's commands are here, but no controller answers",
+            todo="see `scontrol ping`: is the controller up, is SLURM_CONF right? For a cluster on "
+            "this machine: slurm/local_cluster.sh start",
+        )
+
+
 def call(command: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run a SLURM command.
 

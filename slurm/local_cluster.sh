@@ -49,6 +49,8 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 [ ${#folder} -le 80 ] || die "the folder name is too long for a Unix socket (80 characters at most): $folder"
 user=$(id -un)
+host=$(hostname)
+host=${host%%.*} # SLURM knows machines by their short names
 
 # ---- processes: started in the background, ended by their saved pid ------------------------------
 launch() { # launch NAME COMMAND...: keep the pid with its start time, so that a reused pid is no victim
@@ -123,7 +125,7 @@ DBD
   fi
   cat >"$folder/slurm.conf" <<CONF
 ClusterName=local
-SlurmctldHost=$(hostname)(127.0.0.1)
+SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
 SlurmUser=$user
 SlurmdUser=$user
@@ -153,7 +155,7 @@ StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool-%n
 SlurmdParameters=config_overrides
 $storage
-NodeName=n[0-$((nodes - 1))] NodeHostname=$(hostname) NodeAddr=127.0.0.1 Port=[$((port + 2))-$((port + 1 + nodes))] CPUs=$cpus Sockets=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=$memory
+NodeName=n[0-$((nodes - 1))] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 2))-$((port + 1 + nodes))] CPUs=$cpus Sockets=1 CoresPerSocket=$cpus ThreadsPerCore=1 RealMemory=$memory
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
   # One node has a port without brackets.
@@ -238,8 +240,12 @@ status() {
   SLURM_CONF=$folder/slurm.conf sinfo -N
 }
 
-case $action in
-  start) start ;;
-  stop) stop_all; echo "stopped what was started in $folder" ;;
-  status) status ;;
-esac
+# In braces, so that bash has read all of it before it starts: the file may change meanwhile.
+{
+  case $action in
+    start) start ;;
+    stop) stop_all; echo "stopped what was started in $folder" ;;
+    status) status ;;
+  esac
+  exit
+}

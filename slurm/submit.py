@@ -200,8 +200,7 @@ def submit_graph(
     place = Path(where or Path.cwd()).absolute()
     if dry_run:
         return _dry_run(stages, cluster, folder, place, say, python)
-    if not client.is_here():
-        client.call(["sbatch", "--version"])  # explains what is missing
+    client.require()
     with folder.locked():
         ledger = folder.load()
         plans = plan(stages, folder, ledger, client.queue())

@@ -230,6 +230,13 @@ def test_without_slurm_there_is_one_clear_message(
     assert not (tmp_path / "run").exists()
 
 
+def test_without_a_controller_there_is_one_clear_message(tmp_path: Path, fake: Fake) -> None:
+    (fake.home / "scontrol").write_text("#!/bin/sh\necho 'Slurmctld(primary) at here is DOWN'\n")
+    with pytest.raises(SlurmError, match="no controller answers"):
+        submit(tmp_path / "run", graph(set()))
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_needs_no_slurm_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
