@@ -91,6 +91,8 @@ def cluster() -> Iterator[Cluster]:
         pytest.skip(f"no SLURM on this machine: {', '.join(missing)} not found")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: Unix sockets lie in it
     command = [str(SCRIPT), "start", str(folder), "--port", str(free_ports(4))]
+    # Accounting (sacct) is used where slurmdbd and MariaDB are installed; both ways must work.
+    command += ["--accounting", os.environ.get("INHERCLIP_TEST_ACCOUNTING", "auto")]
     before = os.environ.get("SLURM_CONF")
     try:
         started = subprocess.run(command, capture_output=True, text=True, timeout=150)
