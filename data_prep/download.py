@@ -10,32 +10,27 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
-import queue
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess, parent_process
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from data_prep.addresses import AddressPolicy
 from data_prep.captions import CaptionTable
-from data_prep.download_shard import SETTLED, ShardDownloader, ShardFiles, ShardTask, StoreSettings
+from data_prep.download_shard import SETTLED, ShardFiles, ShardTask, StoreSettings
+from data_prep.download_workers import Jobs, run_all
 from data_prep.errors import UserError
-from data_prep.fetch import Fetcher, FetchSettings, FileReader
+from data_prep.fetch import FetchSettings
 from data_prep.files import atomic_write, explain_full_disk
 from data_prep.images import near_pairs
-from data_prep.queueing import BUCKETS, HostSlots
 from data_prep.shards import Manifest, ShardEntry, manifest_path, shard_name, to_json
 
 _LOCK_ATTEMPTS = 15
-LANES = 2  # shards at a time per process: the slow last rows of one must not idle its threads
 
 
 @dataclass(frozen=True)
@@ -141,6 +136,7 @@ def download(plan: DownloadPlan, progress: Progress | None = None) -> DownloadRe
             or a worker process was killed.
     """
     progress = progress or Progress()
+    AddressPolicy(plan.fetch.allow_private)  # a mistake in it is said before anything is done
     index, parts = plan.part
     if not 0 <= index < parts:
         raise UserError(f"slice {index}/{parts} does not exist", todo=f"use 0/{parts} and so on")
@@ -175,7 +171,11 @@ def _download_part(
         # A manifest beside shards that are being changed would vouch for the wrong bytes.
         manifest_path(plan.folder, plan.prefix).unlink(missing_ok=True)
         progress.start(rows)
-        done.update(_run_all(plan, todo, progress))
+        jobs = Jobs(
+            plan.folder, plan.fetch, plan.store, plan.processes, plan.threads,
+            local=plan.table.location == "path",
+        )  # fmt: skip
+        done.update(run_all(jobs, todo, plan.task, progress.update))
     manifest, missing = _finish(plan, identity)
     return DownloadResult(manifest, [done[n] for n in sorted(done)], len(todo), missing)
 
@@ -264,139 +264,3 @@ def _locked(path: Path) -> Iterator[None]:
                 todo="wait for it, or give the jobs of an array different slices",
             )
         yield
-
-
-# ------------------------------------------------------------------------------ worker processes
-
-
-class _Counters(list[int]):
-    """What `multiprocessing.Array` is to several processes, for the threads of one."""
-
-    def __init__(self, values: list[int]) -> None:
-        super().__init__(values)
-        self._lock = threading.Lock()
-
-    def get_lock(self) -> threading.Lock:
-        return self._lock
-
-
-def _run_all(plan: DownloadPlan, numbers: list[int], progress: Progress) -> dict[int, ShardEntry]:
-    """Download shards, in this process or in several."""
-    context = multiprocessing.get_context("spawn")  # threads and TLS do not survive a fork
-    processes = min(plan.processes, len(numbers))
-    tasks: Any = (context.Queue if processes > 1 else queue.Queue)(processes * LANES)
-    results: Any = (context.Queue if processes > 1 else queue.Queue)()
-    slots: tuple[Any, Any] = ([0] * BUCKETS, threading.Lock())
-    counters: Any = _Counters([0, 0, 0])
-    if processes > 1:
-        slots = (context.Array("i", BUCKETS, lock=False), context.Lock())
-        counters = context.Array("q", 3)
-    local = plan.table.location == "path"
-    settings = (plan.folder, plan.fetch, plan.store, plan.threads, local)
-    arguments = (settings, slots, counters, tasks, results)
-    workers: list[BaseProcess] = []
-    stop = threading.Event()
-    if processes > 1:
-        workers = [
-            context.Process(target=_worker, args=arguments, daemon=True) for _ in range(processes)
-        ]
-        for worker in workers:
-            worker.start()
-    else:
-        threading.Thread(target=_lanes, args=arguments, daemon=True).start()
-
-    def feed() -> None:
-        for item in [*numbers, *[None] * (processes * LANES)]:
-            task = None if item is None else (item, plan.task(item))
-            while not stop.is_set():
-                try:
-                    tasks.put(task, timeout=0.5)
-                    break
-                except queue.Full:
-                    continue
-
-    threading.Thread(target=feed, daemon=True).start()
-    try:
-        return _collect(len(numbers), results, workers, lambda: progress.update(*counters[:]))
-    finally:
-        stop.set()
-        for worker in workers:
-            worker.kill() if worker.is_alive() else worker.join()
-        if workers:
-            tasks.cancel_join_thread()
-            results.cancel_join_thread()
-
-
-def _collect(
-    count: int, results: Any, workers: list[BaseProcess], report: Callable[[], None]
-) -> dict[int, ShardEntry]:
-    """Wait for the shards, reporting twice a second, and notice a worker that was killed."""
-    done: dict[int, ShardEntry] = {}
-    while len(done) < count:
-        try:
-            number, outcome = results.get(timeout=0.5)
-        except queue.Empty:
-            report()
-            dead = [worker.exitcode for worker in workers if worker.exitcode not in (None, 0)]
-            if dead:
-                signal_ = f"signal {-dead[0]}" if dead[0] and dead[0] < 0 else f"code {dead[0]}"
-                raise UserError(
-                    f"a worker process ended with {signal_}",
-                    todo="if the machine ran out of memory, use fewer --processes or a smaller "
-                    "--rows-per-shard; the same command continues",
-                ) from None
-            continue
-        if isinstance(outcome, BaseException):
-            raise outcome
-        done[number] = outcome
-    report()
-    return done
-
-
-def _worker(*arguments: Any) -> None:
-    """Work in a process of its own; it ends with its parent, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-
-    def follow() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    _lanes(*arguments)
-    results = arguments[-1]
-    results.close()
-    results.join_thread()  # what was put last must be through before this process ends
-
-
-def _lanes(settings: Any, slots: Any, counters: Any, tasks: Any, results: Any) -> None:
-    """Run shards side by side until the queue says that there are no more."""
-    folder, fetch, store, threads, local = settings
-    fetcher = FileReader(fetch) if local else Fetcher(fetch)
-    places = HostSlots(fetcher.settings.per_host, *slots)
-    each = max(1, threads // LANES)
-    downloader = ShardDownloader(folder, fetcher, store, places, counters, each)
-
-    def lane() -> None:
-        while (task := tasks.get()) is not None:
-            number, shard = task
-            try:
-                results.put((number, downloader.run(shard)))
-            except BaseException as error:
-                results.put((number, _portable(error)))
-
-    lanes = [threading.Thread(target=lane, daemon=True) for _ in range(LANES)]
-    for thread in lanes:
-        thread.start()
-    for thread in lanes:
-        thread.join()
-
-
-def _portable(error: BaseException) -> BaseException:
-    """Make an exception that another process can raise, with the place where it happened."""
-    if isinstance(error, UserError):
-        return error
-    import traceback
-
-    return RuntimeError("".join(traceback.format_exception(error)))

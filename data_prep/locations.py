@@ -77,7 +77,7 @@ def _check_pipe(location: str, allowed: bool) -> None:
 
 def _check_folder(location: str) -> None:
     """Name the missing folder itself, not every shard that would have been in it."""
-    folder = Path(_MAGIC.split(location.split("{")[0])[0]).parent
+    folder = Path(os.path.dirname(_MAGIC.split(location.split("{")[0])[0]) or ".")
     if not folder.is_dir():
         raise UserError(
             "the folder does not exist",
