@@ -215,6 +215,8 @@ class Stage:
         progress: JSON-lines file with a `step` per line, for progress and the crash-loop guard.
         total: Number of steps in all.
         environment: Variables in addition to the cluster's.
+        identity: Changes with what shapes the result; work of another identity counts as not done,
+            and jobs of an earlier submission with another identity are replaced.
     """
 
     name: str
@@ -229,6 +231,7 @@ class Stage:
     progress: Path | None = None
     total: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    identity: str = ""
 
 
 def explain(error: ValidationError, where: str) -> SlurmError:

@@ -42,6 +42,7 @@ class Entry(BaseModel):
     progress: str | None = None
     total: int | None = None
     done: bool = False
+    identity: str = ""
     jobs: list[Submitted] = []
 
     def latest(self) -> list[tuple[int | None, str]]:

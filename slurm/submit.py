@@ -67,14 +67,21 @@ def in_order(stages: Sequence[Stage]) -> list[Stage]:
     return ordered
 
 
-def _open_slices(stage: Stage, folder: Folder) -> tuple[int, ...]:
+def _is_changed(stage: Stage, ledger: Ledger) -> bool:
+    """Whether an earlier submission had another idea of what the stage makes."""
+    entry = ledger.stages.get(stage.name)
+    return entry is not None and entry.identity != stage.identity
+
+
+def _open_slices(stage: Stage, folder: Folder, ledger: Ledger) -> tuple[int, ...]:
     """Return the slices of an array that are not done."""
+    changed = _is_changed(stage, ledger)
 
     def is_done(part: int) -> bool:
         if stage.slice_done is not None:
             return stage.slice_done(part)
         state = folder.state(stage.name, part)
-        return state is not None and state.state == "done"
+        return not changed and state is not None and state.state == "done"
 
     return tuple(part for part in range(stage.array or 0) if not is_done(part))
 
@@ -90,14 +97,14 @@ def plan(
     plans: dict[str, Planned] = {}
     for stage in in_order(stages):
         fresh = any(plans[name].action == "submit" for name in stage.after)
-        slices = None if stage.array is None else _open_slices(stage, folder)
+        slices = None if stage.array is None else _open_slices(stage, folder, ledger)
         if not fresh and stage.done():
             plans[stage.name] = Planned(stage, slices, "done", [], [])
             continue
         if stage.array is not None and (fresh or not slices):
             slices = tuple(range(stage.array))  # done but for the stage's own word: all again
         active = _active_jobs(stage, folder, ledger, queue)
-        if active and not fresh:
+        if active and not fresh and not _is_changed(stage, ledger):
             kept = {part for part, _ in active}
             missing = None if slices is None else tuple(s for s in slices if s not in kept)
             action = "submit" if missing else "queued"
@@ -237,6 +244,7 @@ def _entry(planned: Planned, ledger: Ledger) -> Entry:
         progress=str(stage.progress.absolute()) if stage.progress else None,
         total=stage.total,
         done=planned.action == "done",
+        identity=stage.identity,
         jobs=ledger.stages.get(stage.name, Entry()).jobs,
     )
 

@@ -164,6 +164,22 @@ def test_slices_by_their_own_predicate(tmp_path: Path, fake: Fake) -> None:
     assert fake.jobs["101"]["array"] == [1, 3]
 
 
+def test_changed_identity_replaces_jobs_and_forgets_slices(tmp_path: Path, fake: Fake) -> None:
+    def stages(identity: str) -> list[Stage]:
+        return [
+            Stage("prepare", ["p"], array=3, identity=identity),
+            Stage("train:a", ["t"], after=["prepare"], identity=identity),
+        ]
+
+    submit(tmp_path, stages("old"))
+    finish(tmp_path, "prepare", 0)
+    submit(tmp_path, stages("new"))
+    assert fake.jobs["103"]["array"] == [0, 1, 2]
+    assert fake.jobs["101"]["slices"] == dict.fromkeys("012", "CANCELLED")
+    assert fake.jobs["102"]["state"] == "CANCELLED"
+    assert newest(tmp_path) == {"prepare": "103", "train:a": "104"}
+
+
 def test_successor_of_a_job_counts_as_the_job(tmp_path: Path, fake: Fake) -> None:
     submit(tmp_path, [Stage("train:a", ["t"])])
     fake.set("101", state="GONE")
