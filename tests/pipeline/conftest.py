@@ -50,7 +50,7 @@ def tiny_experiment() -> dict[str, Any]:
             },
             "train": "scenes-train-*.tar",
         },
-        "train": {"steps": 12, "batch_size": 16, "warmup": 2, "log_every": 3, "save_every": 4},
+        "train": {"steps": 60, "batch_size": 16, "warmup": 2, "log_every": 3, "save_every": 20},
         "arms": {
             "teacher": {"kind": "scratch", "model": tiny_model()},
             "inherited": {
@@ -100,7 +100,7 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
 
 
 def inherclip(
-    *args: object, code: int | None = 0, timeout: float = 240, **env: str
+    *args: object, code: int | None = 0, timeout: float = 600, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command as a user would; check its exit code unless `code` is None."""
     done = subprocess.run(

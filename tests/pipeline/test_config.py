@@ -30,7 +30,7 @@ def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("train.stepz", 5, "train.stepz: unknown key; did you mean 'steps'?"),
         ("train.steps", "many", "train.steps: Input should be a valid integer"),
         ("train.steps", 0, "train.steps: Input should be greater than or equal to 1"),
-        ("train.warmup", 12, "warmup (12) must be smaller than steps (12)"),
+        ("train.warmup", 60, "warmup (60) must be smaller than steps (60)"),
         ("train.accumulate", 3, "accumulate (3) must divide batch_size (16)"),
         ("arms.student.kind", "stduent", "arms.student: Input tag 'stduent'"),
         ("arms.student.train", {"lr": -1}, "arms.student.train.lr: Input should be greater than 0"),
@@ -124,7 +124,7 @@ def test_an_arm_overrides_the_shared_training_section(tiny: Callable[..., Path])
     experiment = load_experiment(tiny(set_in("arms.student.train", {"steps": 7, "warmup": 1})))
     assert experiment.arms["student"].train.steps == 7
     assert experiment.arms["student"].train.batch_size == 16
-    assert experiment.arms["teacher"].train.steps == 12
+    assert experiment.arms["teacher"].train.steps == 60
 
 
 def test_the_resolved_configuration_means_the_same(

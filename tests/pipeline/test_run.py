@@ -53,11 +53,11 @@ def test_a_run_leaves_everything_that_the_design_promises(finished: tuple[Path, 
     assert (run / "compare.md").read_text().count("student_clipkd") >= 1
     for arm in table["arm"]:
         lines = [json.loads(x) for x in (run / f"arms/{arm}/train.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 3, 6, 9, 12]
+        assert [line["step"] for line in lines] == [1, *range(3, 61, 3)]
         assert {"samples", "loss", "loss/task", "lr", "scale", "samples_per_s"} <= set(lines[0])
         result = json.loads((run / f"arms/{arm}/eval.json").read_text())
         assert result["checkpoint_sha256"] == weights(run, arm)
-        assert (result["steps"], result["seed"]) == (12, 0)
+        assert (result["steps"], result["seed"]) == (60, 0)
         assert not (run / f"arms/{arm}/resume").exists()
     before = json.loads((run / "arms/inherited/eval_before.json").read_text())
     assert before["stage"] == "before_training"
@@ -117,13 +117,13 @@ def test_interrupted_in_training_the_same_command_ends_with_the_same_weights(
         stderr=subprocess.STDOUT,
     )
     log = copy / "arms/inherited/train.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (log.is_file() and '"step": 3' in log.read_text()):
         assert time.monotonic() < deadline
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(number)
-    output = child.communicate(timeout=120)[0].decode()
+    output = child.communicate(timeout=300)[0].decode()
     assert child.returncode == (130 if number == signal.SIGINT else 75), output
     assert "Traceback" not in output
     assert list((copy / "arms/inherited/resume").glob("step-*/state.json"))
@@ -131,7 +131,7 @@ def test_interrupted_in_training_the_same_command_ends_with_the_same_weights(
     assert "resuming after step" in done.stdout
     assert weights(copy) == weights(run)
     logged = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [line["step"] for line in logged] == [1, 3, 6, 9, 12]
+    assert [line["step"] for line in logged] == [1, *range(3, 61, 3)]
 
 
 @pytest.mark.slow
@@ -151,13 +151,13 @@ def test_two_local_processes_save_on_a_signal_and_the_same_command_goes_on(
         stderr=subprocess.STDOUT,
     )
     log = copy / "arms/student/train.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while '"step": 15' not in log.read_text():
         assert time.monotonic() < deadline
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
-    output = child.communicate(timeout=120)[0].decode()
+    output = child.communicate(timeout=300)[0].decode()
     assert child.returncode == 75, output
     assert list((copy / "arms/student/resume").glob("step-*/state.json"))
     done = inherclip("run", config, "--out", copy, *longer, "--only", "student")

@@ -1,8 +1,9 @@
-"""Inherited layers: their mathematics against a plain loop over heads, and what they must survive."""
+"""Inherited layers: their mathematics against a plain loop, and what they must survive."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def linear_example() -> tuple[nn.Module, torch.Tensor]:
 
 
 @pytest.mark.parametrize("example", [conv_example, linear_example])
-def test_layers_survive_copying_saving_and_other_precisions(example) -> None:  # noqa: ANN001
+def test_layers_survive_copying_saving_and_other_precisions(
+    example: Callable[[], tuple[nn.Module, torch.Tensor]],
+) -> None:
     layer, x = example()
     expected = layer(x)
     torch.testing.assert_close(copy.deepcopy(layer)(x), expected)
@@ -119,7 +122,7 @@ def test_layers_survive_copying_saving_and_other_precisions(example) -> None:  #
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", [conv_example, linear_example])
-def test_layers_compile(example) -> None:  # noqa: ANN001
+def test_layers_compile(example: Callable[[], tuple[nn.Module, torch.Tensor]]) -> None:
     layer, x = example()
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
