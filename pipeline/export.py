@@ -1,7 +1,7 @@
-"""Checkpoint -> what other programs read: ONNX, `torch.export`, or plain dense weights. Always verified.
+"""Checkpoint -> what other programs read: ONNX, `torch.export`, dense weights; always verified.
 
-In: a loaded checkpoint. Out: a folder with the exported towers and `export.json`, which says what they are and how
-far they are from the model on random inputs.
+In: a loaded checkpoint. Out: a folder with the exported towers and `export.json`, which says what
+they are and how far they are from the model on random inputs.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def export(clip: Clip, form: str, out: Path, *, tolerance: float = 1e-4) -> list
         "image_size": clip.image_size,
         "context_length": clip.context_length,
         "preprocess": clip.architecture.get("preprocess", {}),
-        "logit_scale": float(clip.model.logit_scale.detach().exp()),  # type: ignore[operator, union-attr]
+        "logit_scale": float(clip.model.logit_scale.detach().exp()),  # type: ignore[operator]
         "max_difference": differences,
         "files": {file: sha256_file(out / file) for file in files},
     }

@@ -1,7 +1,7 @@
-"""From a budget to a rank for every layer of a real model: what options cost, what they lose, who pays.
+"""From a budget to a rank for every layer of a real model: what options cost and lose.
 
-budget.py solves with numbers; here they are measured or derived: parameters, multiply-adds, milliseconds; energy
-or the drift of the network's outputs.
+budget.py solves with numbers; here they are measured or derived: parameters, multiply-adds,
+milliseconds; energy or the drift of the network's outputs.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def tail_energies(parts: Decomposition) -> list[float]:
 def heads_for(site: Site, losses: Sequence[float], shape: Shape) -> int:
     """Return the heads of one layer; with `heads=0` more than one only where they cost little.
 
-    A layer gets `most_heads` if, at half of its dense cost, the rank they leave loses at most 1.25 times the
-    energy that one head's rank would.
+    A layer gets `most_heads` if, at half of its dense cost, the rank they leave loses at most 1.25
+    times the energy that one head's rank would.
     """
     if site.kind == "embedding":
         return 1

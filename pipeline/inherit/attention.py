@@ -1,8 +1,9 @@
 """Attention modules whose projections are ordinary Linear layers, so that they can be inherited.
 
-`nn.MultiheadAttention` and open_clip's `Attention` keep query, key and value in one raw `in_proj_weight`, and
-`AttentionPool2d` hands its projections' raw weights to a function. `expose` replaces each by a module of the same
-call signature, weights and result whose projections are called as layers.
+`nn.MultiheadAttention` and open_clip's `Attention` keep query, key and value in one raw
+`in_proj_weight`, and `AttentionPool2d` hands its projections' raw weights to a function. `expose`
+replaces each by a module of the same call signature, weights and result whose projections are
+called as layers.
 
 Shape legend: B batch, L queries, S keys, C width, A attention heads.
 """
@@ -33,7 +34,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ExposedAttention(nn.Module):
-    """`nn.MultiheadAttention` (equal widths, no extra key) with `in_proj` [3C, C] and `out_proj` as layers."""
+    """`nn.MultiheadAttention` of equal widths with `in_proj` [3C, C] and `out_proj` as layers."""
 
     kind = "attention"
 
@@ -56,7 +57,7 @@ class ExposedAttention(nn.Module):
     def _mask(
         self, attn_mask: Tensor | None, padding: Tensor | None, batch: int, dtype: torch.dtype
     ) -> Tensor | None:
-        """Merge the [L, S] or [B x A, L, S] mask and the [B, S] padding mask into one additive mask."""
+        """Merge the mask [L, S] or [B x A, L, S] and the padding [B, S] into one additive mask."""
         mask = None
         if attn_mask is not None:
             mask = _additive(attn_mask, dtype)
@@ -78,7 +79,7 @@ class ExposedAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend as `nn.MultiheadAttention` does; `is_causal` is a hint there and needs a mask here as well."""
+        """Attend as `nn.MultiheadAttention` does; the hint `is_causal` needs a mask beside it."""
         if is_causal and attn_mask is None:
             raise ValueError("is_causal is only a hint: give attn_mask as well")
         single = query.ndim == 2
@@ -108,7 +109,7 @@ class ExposedAttention(nn.Module):
 
 
 class ExposedClipAttention(nn.Module):
-    """open_clip's own `Attention` (optional norms and scales) with its packed projection as a layer."""
+    """open_clip's own `Attention` (norms and scales included), its projection as a layer."""
 
     kind = "clip_attention"
 
@@ -117,6 +118,12 @@ class ExposedClipAttention(nn.Module):
         source: Any = dense
         self.num_heads, self.logit_scale_max = source.num_heads, source.logit_scale_max
         self.embed_dim = source.in_proj_weight.shape[1]
+        self.ln_q: nn.Module
+        self.ln_k: nn.Module
+        self.ln_inner: nn.Module
+        self.attn_drop: nn.Module
+        self.out_proj: nn.Module
+        self.out_drop: nn.Module
         self.in_proj = _linear(source.in_proj_weight, source.in_proj_bias)
         for name in ("ln_q", "ln_k", "attn_drop", "ln_inner", "out_proj", "out_drop"):
             setattr(self, name, getattr(source, name))
@@ -154,7 +161,8 @@ class ExposedClipAttention(nn.Module):
 class ExposedAttentionPool(nn.Module):
     """open_clip's `AttentionPool2d` computing only the one query it uses (the spatial mean).
 
-    [B, C, h, w] -> [B, O]; the original also projects and attends the h x w queries that it throws away.
+    [B, C, h, w] -> [B, O]; the original also projects and attends the h x w queries that it throws
+    away.
     """
 
     kind = "attention_pool"

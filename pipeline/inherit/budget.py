@@ -1,7 +1,7 @@
 """A budget -> a rank for every layer. Pure functions of numbers; no tensors, no modules.
 
-A layer offers options (rank, cost, loss), the last of which is the dense layer. An allocator picks one option per
-layer so that the summed cost stays within the budget.
+A layer offers options (rank, cost, loss), the last of which is the dense layer. An allocator picks
+one option per layer so that the summed cost stays within the budget.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Offer:
-    """All options of one layer, by rising cost and falling loss; the dense one, if allowed, is last."""
+    """All options of one layer, by rising cost and falling loss; the dense one is last."""
 
     name: str
     full_rank: int
@@ -56,7 +56,8 @@ def make_offer(
         losses: loss at rank 0, 1, ..., full_rank (non-increasing).
         heads: heads of the inherited layer.
         multiple: ranks are multiples of this (rank < multiple and the full rank are still offered).
-        force: keep factored options that cost as much as the dense layer, and do not offer the dense one.
+        force: keep factored options that cost as much as the dense layer, and do not offer the
+            dense one.
     """
     ranks = [r for r in range(1, full_rank + 1) if r % multiple == 0 or r == full_rank]
     if multiple > 1 and full_rank > multiple:
@@ -90,14 +91,15 @@ def check_budget(offers: Sequence[Offer], budget: float, what: str = "budget") -
     least = sum(min(option.cost for option in offer.options) for offer in offers)
     if budget < least:
         raise UserError(
-            f"the budget leaves {budget:,.0f} for the inherited layers, but rank 1 everywhere needs {least:,.0f}",
+            f"the budget leaves {budget:,.0f} for the inherited layers, but rank 1 everywhere "
+            f"needs {least:,.0f}",
             where=what,
             todo="raise the budget, include more layers, or use fewer heads",
         )
 
 
 def _at_fraction(offer: Offer, fraction: float) -> Option:
-    """Return the dearest option whose rank is at most `fraction` of full rank, the cheapest if none is."""
+    """Return the dearest option of at most `fraction` of full rank, else the cheapest."""
     dense = offer.options[-1] if offer.options[-1].rank is None else None
     ranked = [option for option in offer.options if option.rank is not None]
     if not ranked:
@@ -174,8 +176,8 @@ def _fill(
 def hull(offer: Offer) -> list[Option]:
     """Return the options on the lower convex hull of (cost, loss), by rising cost.
 
-    Between two of them every option saves less per unit of cost, so that a greedy walk along the hulls of all
-    layers is what one Lagrange multiplier would choose.
+    Between two of them every option saves less per unit of cost, so that a greedy walk along the
+    hulls of all layers is what one Lagrange multiplier would choose.
     """
     options = sorted(offer.options, key=lambda option: (option.cost, option.loss))
     kept: list[Option] = []
@@ -196,7 +198,7 @@ def _slope(a: Option, b: Option) -> float:
 
 
 def solve_convex(offers: Sequence[Offer], budget: float) -> Choice:
-    """Minimise the summed loss within the budget (greedy along convex hulls, then a fill of the rest).
+    """Minimise the summed loss within the budget: greedy along convex hulls, then fill the rest.
 
     Raises:
         UserError: even rank 1 exceeds the budget.
@@ -205,7 +207,7 @@ def solve_convex(offers: Sequence[Offer], budget: float) -> Choice:
     cheapest = {offer.name: min(offer.options, key=lambda o: o.cost) for offer in offers}
     choice = dict(cheapest)
     left = budget - total(choice)
-    steps = []
+    steps: list[tuple[float, str, Option, Option]] = []
     for offer in offers:
         path = hull(offer)
         path = [option for option in path if option.cost >= cheapest[offer.name].cost]

@@ -1,4 +1,4 @@
-"""Calibration moments on disk, by teacher and data: the slow part of an inheritance is done once."""
+"""Calibration moments on disk, by teacher and data: the slow part is done once."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def fingerprint(model: nn.Module, sites: Sequence[Site], batches: Sequence[Any],
     return digest.hexdigest()
 
 
-def _bytes(value: Tensor) -> memoryview:
+def _bytes(value: Tensor) -> Any:
     flat = value.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy() if flat.numel() else b""
 
 
 def load_moments(folder: Path, key: str, sites: Sequence[Site]) -> dict[str, Moments] | None:

@@ -1,8 +1,8 @@
-"""Run a model over calibration batches and keep what inheritance needs: moments of the layers' inputs.
+"""Run a model over calibration batches and keep what inheritance needs: moments of its layers.
 
-Nothing of the data is stored: second moments are streamed, per layer the smaller of the input's and the output's
-(see factorize.py why the output's suffice), so that a 3x3 convolution over 512 channels keeps 512 x 512 numbers
-instead of 4608 x 4608. Padding tokens never enter.
+Nothing of the data is stored: second moments are streamed, per layer the smaller of the input's and
+the output's (see factorize.py why the output's suffice), so that a 3x3 convolution over 512
+channels keeps 512 x 512 numbers instead of 4608 x 4608. Padding tokens never enter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 class TokenMask:
-    """The valid token positions [B, N] of the tower that is running, None for towers without padding."""
+    """The valid token positions [B, N] of the running tower, None without padding."""
 
     current: Tensor | None = None
 
@@ -31,8 +31,8 @@ class TokenMask:
 def valid_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return which positions of `tokens` [B, N] are real: all up to the end-of-text token.
 
-    open_clip pools at the largest token id (`argmax`) or at a given one (`eos`); a tower that pools otherwise
-    has no padding that could be recognised, and every position counts.
+    open_clip pools at the largest token id (`argmax`) or at a given one (`eos`); a tower that pools
+    otherwise has no padding that could be recognised, and every position counts.
     """
     holder: Any = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
     pool = getattr(holder, "text_pool_type", getattr(holder, "pool_type", "argmax"))
@@ -40,7 +40,7 @@ def valid_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
         end = tokens.argmax(dim=-1)
     elif pool == "eos":
         eos = getattr(holder, "text_eos_id", getattr(holder, "eos_id", None))
-        end = (tokens == eos).int().argmax(dim=-1)
+        end = tokens.eq(eos).int().argmax(dim=-1)
     else:
         return torch.ones_like(tokens, dtype=torch.bool)
     return torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
@@ -106,7 +106,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Flatten [..., I] to rows, without the padding where `x` is laid out as the mask (or transposed)."""
+    """Flatten [..., I] to rows, without padding where `x` is laid out as the mask."""
     if mask is not None and x.ndim == 3:
         if x.shape[:2] == mask.shape:
             return x[mask]
@@ -123,7 +123,7 @@ def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
         x, padding = F.pad(x, pads, mode=mode), (0, 0)
     else:
         padding = conv.padding  # type: ignore[assignment]
-    columns = F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)  # type: ignore[arg-type]
+    columns = F.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
     return columns.unflatten(1, (conv.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
@@ -152,7 +152,7 @@ def patches_at(x: Tensor, conv: nn.Conv2d, where: Tensor, width: int) -> Tensor:
 
 
 def patch_power(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Return the summed squared length of all patches of a batch, per group [G], without unfolding."""
+    """Return the summed squared length of all patches, per group [G], without unfolding."""
     squares = x.square().unflatten(1, (conv.groups, -1)).sum(dim=2)  # [B, G, h, w]
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
@@ -165,7 +165,7 @@ def patch_power(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 class Collector:
-    """Forward hooks that stream the moments of every site (and count calls, positions and tokens)."""
+    """Forward hooks that stream the moments of every site and count its positions."""
 
     def __init__(self, sites: Sequence[Site], mask: TokenMask, *, moments: bool = True) -> None:
         self.sites, self.mask, self.moments = sites, mask, moments
@@ -271,7 +271,7 @@ class Collector:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Second moment sums of rows [G, N, K] as float64 [G, K, K]; the products are taken in the rows' type."""
+    """Second moment sums of rows [G, N, K] as float64 [G, K, K]; products in single precision."""
     rows = rows.float()
     return torch.bmm(rows.mT, rows).double()
 
@@ -284,7 +284,7 @@ def collect(
     *,
     moments: bool = True,
 ) -> dict[str, Moments]:
-    """Stream the calibration batches and return the moments per site; sites learn positions and being unused.
+    """Stream the calibration batches and return the moments per site; sites learn their positions.
 
     Args:
         model: exposed model whose modules the sites refer to.
@@ -310,7 +310,7 @@ def collect(
 
 
 def _teacher_positions(sites: Sequence[Site]) -> None:
-    """An attention pool's dense query and output projections run at every position in the teacher."""
+    """Note that the teacher's attention pool projects queries and outputs at every position."""
     by_name = {site.name: site for site in sites}
     for site in sites:
         prefix, _, last = site.name.rpartition(".")
@@ -323,7 +323,8 @@ def _teacher_positions(sites: Sequence[Site]) -> None:
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], forward: Forward | None) -> int:
     """Replace BatchNorm running statistics by those of the calibration batches, in one pass.
 
-    Every BatchNorm normalises with the batch it sees while later ones are estimated, so that all are consistent.
+    Every BatchNorm normalises with the batch it sees while later ones are estimated, so that all
+    are consistent.
 
     Returns:
         The number of BatchNorm layers.

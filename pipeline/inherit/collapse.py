@@ -1,7 +1,8 @@
 """Heads that always mix alike are one head: find gates that do not move and merge them.
 
-Input-dependent gates forbid merging exactly; a gate that is nearly constant on calibration data allows it at the
-price of a small, measured drift. The same merge turns inherited layers into dense ones for export.
+Input-dependent gates forbid merging exactly; a gate that is nearly constant on calibration data
+allows it at the price of a small, measured drift. The same merge turns inherited layers into dense
+ones for export.
 """
 
 from __future__ import annotations

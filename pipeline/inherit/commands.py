@@ -38,7 +38,9 @@ def add_inherit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--arm", help="initialisation (default: the best one the data allows)")
     parser.add_argument("--allocator", help="how ranks are chosen (default: the best one)")
-    parser.add_argument("--heads", type=int, default=3, help="heads per layer (default 3)")
+    parser.add_argument(
+        "--heads", type=_heads, default=3, help="heads per layer, or auto (default 3)"
+    )
     parser.add_argument(
         "--calibration",
         action="append",
@@ -55,6 +57,10 @@ def add_inherit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, metavar="DIR", help="write plan, table and figure")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def _heads(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def run_inherit(args: argparse.Namespace) -> int:
@@ -80,6 +86,7 @@ def run_inherit(args: argparse.Namespace) -> int:
         include=tuple(args.include or ("*",)),
         exclude=tuple(args.exclude),
         seed=args.seed,
+        cache=_cache(),
         **({"allocator": args.allocator} if args.allocator else {}),
     )
     print(json.dumps(plan.to_dict(), indent=1) if args.json else plan.table())
@@ -96,6 +103,14 @@ def run_inherit(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"written: {args.out}")
     return 0
+
+
+def _cache() -> Path:
+    """Return the folder of the calibration moments."""
+    import os
+
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "inherclip" / "moments"
 
 
 def _teacher(args: argparse.Namespace) -> Any:
@@ -121,7 +136,7 @@ def _calibration(args: argparse.Namespace, teacher: Any) -> list[Any] | None:
 
     if not args.calibration:
         images = torch.zeros(1, 3, teacher.image_size, teacher.image_size)
-        tokens = teacher.tokenizer(["a photo"])
+        tokens = teacher.tokenizer()(["a photo"])
         return [(images, tokens)]
     from data_prep.reader import ShardSet
     from pipeline.stages import calibration_pairs

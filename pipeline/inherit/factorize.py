@@ -1,8 +1,9 @@
 """One weight and what is known of its inputs -> the factors of an inherited layer, in every arm.
 
-The matrix `W` [O, I] is truncated in the metric of its inputs, `M = E[x x^T]`: the best rank-r map keeps the
-projection of the layer's *output* on its r main directions, `W_r = U_r U_r^T W` with `W M W^T = U S² U^T`.
-So only the Gram matrix of the smaller side is ever decomposed, and for O <= I the moments of the outputs
+The matrix `W` [O, I] is truncated in the metric of its inputs, `M = E[x x^T]`: the best rank-r map
+keeps the projection of the layer's *output* on its r main directions, `W_r = U_r U_r^T W` with `W M
+W^T = U S² U^T`. So only the Gram matrix of the smaller side is ever decomposed, and for O <= I the
+moments of the outputs
 suffice: no I x I matrix, no inverse. All of it is float64.
 """
 
@@ -36,8 +37,8 @@ DEVIATION = 0.1  # of the root mean square of the up projection; breaks the symm
 class Moments:
     """Second moments of one layer over the calibration samples, per group, float64.
 
-    Exactly one of `inputs` [G, I, I] and `outputs` [G, O, O] (before the bias) is kept: the smaller one.
-    `input_power` [G] is E||x||², which the shrinkage needs.
+    Exactly one of `inputs` [G, I, I] and `outputs` [G, O, O] (before the bias) is kept: the smaller
+    one. `input_power` [G] is E||x||², which the shrinkage needs.
     """
 
     inputs: Tensor | None
@@ -48,10 +49,10 @@ class Moments:
 
 @dataclass
 class Decomposition:
-    """Everything needed to cut a layer at any rank: energies σ² [G, K], largest first, and one basis.
+    """What cuts a layer at any rank: energies σ² [G, K], largest first, and one basis.
 
-    `left` [G, O, K] is the orthonormal output basis; or, where I < O, `right` [G, I, K] the input basis in the
-    whitened space and `root` [G, I, I] the lower Cholesky factor of the metric.
+    `left` [G, O, K] is the orthonormal output basis; or, where I < O, `right` [G, I, K] the input
+    basis in the whitened space and `root` [G, I, I] the lower Cholesky factor of the metric.
     """
 
     energies: Tensor
@@ -69,7 +70,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
 def decompose(
     weight: Tensor, moments: Moments | None, shrinkage: float = SHRINKAGE
 ) -> Decomposition:
-    """Decompose `weight` [G, O, I] (float64) in the metric of its inputs, the identity without moments.
+    """Decompose `weight` [G, O, I] in the metric of its inputs, the identity without moments.
 
     The metric is shrunk, `(1 - λ) M + λ tr(M)/I · 1`, which also makes a singular one usable.
     """
@@ -104,7 +105,7 @@ def decompose(
 
 
 def balance(up: Tensor, down: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale an orthonormal up [G, O, R] and its down [G, R, I] so that both carry the root of sigma [G, R]."""
+    """Scale an orthonormal up [G, O, R] and its down so that both carry √sigma [G, R]."""
     scale = sigma.clamp_min(1e-7 * sigma[:, :1].clamp_min(1e-30)).sqrt()
     return up * scale[:, None, :], down / scale[:, :, None]
 
@@ -126,7 +127,7 @@ def factors(weight: Tensor, parts: Decomposition, rank: int) -> tuple[Tensor, Te
 
 
 def head_deviations(up: Tensor, heads: int, size: float, generator: torch.Generator) -> Tensor:
-    """Return random deviations [H, O, R] that sum to zero over the heads; their scale is `size · rms(up)`."""
+    """Return random deviations [H, O, R] of size `size · rms(up)` that sum to zero over heads."""
     noise = torch.randn((heads, *up.shape), generator=generator, dtype=torch.float64)
     noise = noise - noise.mean(dim=0)
     spread = noise.square().mean().sqrt().clamp_min(1e-30)
@@ -152,7 +153,7 @@ def fill_layer(
     generator: torch.Generator,
     deviation: float = DEVIATION,
 ) -> None:
-    """Write factors (up [G, O, R], down [G, R, I]) into an empty inherited layer, as the arm demands.
+    """Write factors (up [G, O, R], down [G, R, I]) into an empty layer, as the arm demands.
 
     Args:
         layer: built by `build_layer` with the same rank.

@@ -1,11 +1,11 @@
 """Inherited layers: one shared low-rank down projection, H up projections, a gate that mixes them.
 
-In: a dense Conv2d, Linear or Embedding (only its geometry). Out: a module with the same call signature.
-The H outputs of the heads are never built: per image or sequence the up *weights* are mixed, per token the
-bottleneck is widened by its gates (docs/inheritance.md).
+In: a dense Conv2d, Linear or Embedding (only its geometry). Out: a module with the same call
+signature. The H outputs of the heads are never built: per image or sequence the up *weights* are
+mixed, per token the bottleneck is widened by its gates (docs/inheritance.md).
 
-Shape legend: B batch, N tokens, P positions (height x width), H heads, G groups, R rank, I and O input and
-output width, D features that the gate reads.
+Shape legend: B batch, N tokens, P positions (height x width), H heads, G groups, R rank, I and O
+input and output width, D features that the gate reads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ GateMode = Literal["image", "token", "sequence", "none"]
 
 
 class ValidTokens(nn.Module):
-    """Which token positions of the current batch are not padding; shared by a tower's sequence gates.
+    """Which tokens of the current batch are not padding; shared by a tower's sequence gates.
 
-    The embedding layer of the tower fills it in the forward pass, the gates read it in the same pass.
+    The embedding layer of the tower fills it in the forward pass, the gates read it in the same
+    pass.
     """
 
     def __init__(self) -> None:
@@ -46,7 +47,8 @@ class _Heads(nn.Module):
         rank: R, per group.
         heads: H; with one head there is no gate.
         gate: whether several heads are mixed by a gate; otherwise their plain mean is taken.
-        symmetric: every head has its own down projection (an ablation), so `down` has H x R outputs.
+        symmetric: every head has its own down projection (an ablation), so `down` has H x R
+            outputs.
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class _Heads(nn.Module):
 class InheritedConv2d(_Heads):
     """Low-rank convolution: the kernel goes down to R channels per group, 1x1 heads come back up.
 
-    [B, I, h, w] -> [B, O, h', w'], like the `nn.Conv2d` it replaces; the gate is one vector per image.
+    [B, I, h, w] -> [B, O, h', w'], like the `nn.Conv2d` it replaces; the gate is one vector per
+    image.
     """
 
     kind = "conv"

@@ -1,4 +1,4 @@
-"""The plan of an inheritance: what becomes of every layer, in numbers, as a dictionary and as a table."""
+"""The plan of an inheritance: what becomes of every layer, as a dictionary and as a table."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class LayerPlan:
         macs_before: multiply-adds per sample in the teacher, None if no sample was run.
         macs_after: the same afterwards.
         reason: why the layer stayed dense, "" for an inherited one.
-        energy: share of the output's energy that the rank keeps on the calibration data (of the weight's
-            energy without calibration).
+        energy: share of the output's energy that the rank keeps on the calibration data (of the
+            weight's energy without calibration).
         error: relative squared error of the layer's output on the calibration data, where measured.
         spectrum: singular energies relative to their sum, for the plot.
     """
@@ -126,7 +126,8 @@ class Plan:
         )
         if self.macs_before and self.macs_after is not None:
             lines.append(
-                f"multiply-adds per sample: {self.macs_before / 1e6:,.1f} M -> {self.macs_after / 1e6:,.1f} M "
+                f"multiply-adds per sample: {self.macs_before / 1e6:,.1f} M -> "
+                f"{self.macs_after / 1e6:,.1f} M "
                 f"({self.macs_after / self.macs_before:.4f})"
             )
         return "\n".join(lines)

@@ -1,8 +1,8 @@
 """What happens to a layer's output: the normalisation behind it, and the sum it enters.
 
-One small probe batch is enough: tensors are followed by identity through modules and additions. So a layer can be
-fitted to what matters after its BatchNorm, and the last layer of a residual branch can make up for
-the error that the other operand of the sum already carries.
+One small probe batch is enough: tensors are followed by identity through modules and additions. So
+a layer can be fitted to what matters after its BatchNorm, and the last layer of a residual branch
+can make up for the error that the other operand of the sum already carries.
 """
 
 from __future__ import annotations

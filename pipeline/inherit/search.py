@@ -1,4 +1,4 @@
-"""Budgets that have to be measured: milliseconds of this machine, and the fidelity of the embeddings."""
+"""Budgets that have to be measured: milliseconds of this machine, fidelity of the embeddings."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FIDELITY_STEPS = 7
 
 
 def solve_latency(job: Job, share: float) -> Choice:
-    """Find ranks whose measured forward pass takes `share` of the teacher's, within 5 % if possible.
+    """Find ranks whose measured forward pass takes `share` of the teacher's time.
 
-    Layer timings only rank the layers; after each solution the whole model is timed with empty layers of those
-    ranks, and the allowance is corrected.
+    Layer timings only rank the layers; after each solution the whole model is timed with empty
+    layers of those ranks, and the allowance is corrected.
 
     Raises:
         UserError: even rank 1 everywhere is slower than asked.

@@ -34,7 +34,7 @@ def outputs_of(model: nn.Module, result: Any) -> tuple[list[Tensor], bool]:
 
 
 def drift(model: nn.Module, new: Any, reference: Any) -> float:
-    """Return the mean drift of outputs: 1 - cosine for embeddings, KL for logits, else relative error."""
+    """Return the mean drift: 1 - cosine for embeddings, KL for logits, else relative error."""
     a, logits = outputs_of(model, new)
     b, _ = outputs_of(model, reference)
     total = 0.0
@@ -77,11 +77,11 @@ def loss_curves(
 ) -> dict[str, list[float]]:
     """Return per considered layer the drift of the outputs that rank 0, 1, ..., full would cause.
 
-    To first order the drift is `E (v · J d)²` with `d` the part of the output cut off. With `u_k` the layer's
-    output directions, `a_k = sum over positions of (u_k · g)(u_k · y)` is what direction k contributes to one
-    sample's `v · J d`, so that errors which add up over positions count as such. The curve is the
-    mean of `(sum_{k>=r} a_k)²` and of `sum_{k>=r} a_k²`: the second is smoother, the first knows
-    of directions that err together.
+    To first order the drift is `E (v · J d)²` with `d` the part of the output cut off. With `u_k`
+    the layer's output directions, `a_k = sum over positions of (u_k · g)(u_k · y)` is what
+    direction k contributes to one sample's `v · J d`, so that errors which add up over positions
+    count as such. The curve is the mean of `(sum_{k>=r} a_k)²` and of `sum_{k>=r} a_k²`: the second
+    is smoother, the first knows of directions that err together.
 
     Args:
         model: exposed teacher; its parameters collect no gradients.

@@ -1,9 +1,10 @@
-"""Sequential inheritance: go through the network in order and let every layer repair those before it.
+"""Sequential inheritance: in the network's order, every layer repairs those before it.
 
-One forward pass does it. The calibration batch is run twice side by side, as one batch: the first half sees the
-teacher, the second half the descendant made so far. At each layer the hook has the teacher's output `y` and
-the descendant's input `x'`, solves the reduced-rank regression of `y` on `x'`, puts the new layer in place and
-continues the second half with it. Everything between the layers works per sample, hence on both halves alike.
+One forward pass does it. The calibration batch is run twice side by side, as one batch: the first
+half sees the teacher, the second half the descendant made so far. At each layer the hook has the
+teacher's output `y` and the descendant's input `x'`, solves the reduced-rank regression of `y` on
+`x'`, puts the new layer in place and continues the second half with it. Everything between the
+layers works per sample, hence on both halves alike.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Settings:
 
 @dataclass
 class Fit:
-    """Factors of one layer, up [G, O, R] and down [G, R, I], a shift of its output, and its error."""
+    """Factors of one layer, up [G, O, R] and down [G, R, I], a shift, and the error."""
 
     up: Tensor
     down: Tensor
@@ -109,7 +110,8 @@ def _sample(site: Site, x: Tensor, y: Tensor, mask: Tensor | None, settings: Set
 def _add(total: _Sums | None, rows: Tensor, target: Tensor) -> _Sums:
     """Add rows [G, n, I] and targets [G, n, O]; both are taken relative to the first rows' mean.
 
-    The products are single precision; without the common offset a large mean would drown the variance.
+    The products are single precision; without the common offset a large mean would drown the
+    variance.
     """
     rows, target = rows.float(), target.float()
     if total is None:
@@ -303,7 +305,7 @@ class Refit:
             self.shifts[name] = fit.shift
 
     def _root(self, site: Site, scale: Tensor) -> Tensor:
-        """Return the root of the output weight: measured sensitivity, else the BatchNorm's scale."""
+        """Return the root of the output weight: sensitivity, else the BatchNorm's scale."""
         gram = self.sensitivity.get(site.name)
         if gram is None:
             scale = scale if self.settings.weighted else torch.ones_like(scale)
@@ -330,7 +332,9 @@ class Refit:
                 continue
             norm = self._norm(name)
             assert norm is not None
-            norm.running_mean -= shift.to(norm.running_mean.dtype)  # type: ignore[operator, union-attr]
+            mean = norm.running_mean
+            assert isinstance(mean, Tensor)
+            mean -= shift.to(mean.dtype)
 
 
 def twin(batches: Sequence[Any]) -> Any:
@@ -352,7 +356,7 @@ def sequential_fit(
     sensitivity: Mapping[str, Tensor] | None = None,
     given: Mapping[str, nn.Module] | None = None,
 ) -> Refit:
-    """Re-fit every layer in `ranks` in one pass; returns the new layers by name, not yet put in place.
+    """Re-fit every layer in `ranks` in one pass; the new layers are not yet put in place.
 
     Args:
         model: the exposed teacher; only BatchNorm means change, and only by stored shifts.

@@ -19,15 +19,17 @@ UNSUPPORTED = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose2d, nn.Bilinear, nn.RNNBase
 
 @dataclass
 class Site:
-    """One heavy layer seen as a matrix `W` [groups, width_out, width_in] applied at `positions` places.
+    """One heavy layer as a matrix `W` [groups, width_out, width_in] used at `positions` places.
 
     Attributes:
         name: the module's full name.
         kind: "conv", "linear" or "embedding".
-        width_in: inputs per group, `c_in / groups * kh * kw` for a convolution, the vocabulary for an embedding.
+        width_in: inputs per group, `c_in / groups * kh * kw` for a convolution, the vocabulary for
+            an embedding.
         width_out: outputs per group.
         positions: how often per sample the matrix is applied (0 while unknown).
-        positions_before: the same in the teacher, where an attention pool projects queries it discards.
+        positions_before: the same in the teacher, where an attention pool projects queries it
+            discards.
         blocked: why the layer has to stay dense, "" if it does not.
     """
 
@@ -73,8 +75,8 @@ class Site:
     def macs(self, rank: int | None, heads: int, symmetric: bool = False) -> float:
         """Multiply-adds per sample of the inherited layer, of the dense one for `rank=None`.
 
-        Uses the cheap evaluation of the heads: per image the mixing of the up weights is added, per token the
-        widened bottleneck is counted in full. A lookup costs nothing.
+        Uses the cheap evaluation of the heads: per image the mixing of the up weights is added, per
+        token the widened bottleneck is counted in full. A lookup costs nothing.
         """
         if rank is None:
             return 0.0 if self.kind == "embedding" else self.dense_weights * self.positions
@@ -98,7 +100,7 @@ class Site:
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return the weight as [groups, width_out, width_in]; an embedding table is transposed."""
-        weight = self.module.weight.detach()  # type: ignore[operator, union-attr]
+        weight = self.module.weight.detach()  # type: ignore[operator]
         if self.kind == "embedding":
             return weight.to(dtype).T.unsqueeze(0)
         return weight.to(dtype).reshape(self.groups, self.width_out, self.width_in)
@@ -141,7 +143,7 @@ def set_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def expose(
     model: nn.Module, include: Iterable[str], exclude: Iterable[str]
 ) -> list[dict[str, str]]:
-    """Replace, in place, every attention whose projections are selected; return the structure entries."""
+    """Replace, in place, every attention with selected projections; return structure entries."""
     done: list[dict[str, str]] = []
     for name, module in list(model.named_modules()):
         kind = exposable(module)
@@ -159,7 +161,7 @@ def expose(
 
 
 def _raw_attention(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield (prefix, reason) for attentions that stay as they are: their layers are read as raw weights."""
+    """Yield (prefix, reason) for attentions that stay: their weights are read directly."""
     for name, module in model.named_modules():
         kind = exposable(module)
         if kind:

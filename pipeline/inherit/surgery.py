@@ -49,7 +49,7 @@ DATA_UNITS = ("macs", "latency", "fidelity")
 
 @dataclass
 class Job:
-    """One inheritance under way: the exposed copy of the teacher, its sites, and how to treat them."""
+    """One inheritance under way: the exposed copy of the teacher, its sites, the wishes."""
 
     teacher: nn.Module
     new: nn.Module
@@ -102,9 +102,9 @@ def inherit(
 
     Args:
         model: any module with Conv2d, Linear, Embedding or attention layers; a CLIP is recognised.
-        budget: UNIT=SHARE of the teacher: `params`, `weights` (only of the layers considered), `macs`,
-            `latency` (of the first calibration batch on this machine), `rank` (one fraction for all
-            layers, none stays dense), or `fidelity`, the cosine the embeddings must keep.
+        budget: UNIT=SHARE of the teacher: `params`, `weights` (only of the layers considered),
+            `macs`, `latency` (of the first calibration batch on this machine), `rank` (one fraction
+            for all layers, none stays dense), or `fidelity`, the cosine the embeddings must keep.
         calibration: a batch, an iterable of batches, or None. A CLIP's batch is a pair
             (images [B,3,S,S], tokens [B,L]).
         heads: heads per inherited layer; 1 has no gate; "auto" chooses 1 or 3 per layer.
@@ -226,7 +226,7 @@ class Made:
 
 
 def build_all(job: Job, choice: Choice) -> Made:
-    """Build every layer that a choice inherits; the model itself is not changed but for BatchNorm means."""
+    """Build every layer that a choice inherits; of the model only BatchNorm means change."""
     made = Made()
     generator = torch.Generator().manual_seed(job.seed)
 

@@ -210,8 +210,8 @@ def test_bad_input_is_refused_by_name(teacher: nn.Module) -> None:
         inherit(teacher, "params=0.5", (images, batch[1]))
     with pytest.raises(UserError, match=r"no layer 'visual\.nowhere'"):
         rebuild(build(RESNET), [{"name": "visual.nowhere", "kind": "conv", "rank": 2, "heads": 1}])
+    entry = {"name": "transformer.resblocks.0.mlp.c_fc", "kind": "conv", "rank": 2, "heads": 1}
     with pytest.raises(UserError, match="it is a linear layer"):
-        entry = {"name": "transformer.resblocks.0.mlp.c_fc", "kind": "conv", "rank": 2, "heads": 1}
         rebuild(build(RESNET), [entry])
 
 
