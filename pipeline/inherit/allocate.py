@@ -16,6 +16,7 @@ from pipeline.inherit.factorize import Decomposition
 from pipeline.inherit.sites import Site
 
 UNITS = ("params", "weights", "macs", "latency", "fidelity", "rank")
+EVENNESS = 3.0
 WIDE = 256  # layers at least this wide get ranks that are multiples of 8
 
 
@@ -55,6 +56,27 @@ def tail_energies(parts: Decomposition) -> list[float]:
     energies = parts.energies.sum(dim=0)
     energies = energies / energies.sum().clamp_min(1e-30)
     return [*energies.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+
+
+def balance_losses(
+    sites: Sequence[Site], losses: Mapping[str, Sequence[float]], evenness: float = EVENNESS
+) -> dict[str, list[float]]:
+    """Return loss curves plus a convex term that pulls all layers towards one rank fraction.
+
+    The measured curves know the layers one by one, to first order; cut together, layers err
+    together. The added term is least when every layer keeps the same fraction of its rank, and
+    at half rank everywhere it weighs `evenness` times the sum of the measured losses.
+    """
+    considered = [site for site in sites if not site.blocked]
+    dense = sum(site.dense_weights for site in considered)
+    half = sum(losses[site.name][site.full_rank // 2] for site in considered)
+    balanced = {}
+    for site in considered:
+        weight = evenness * half * 4 * site.dense_weights / dense
+        curve = losses[site.name]
+        full = site.full_rank
+        balanced[site.name] = [v + weight * (1 - r / full) ** 2 for r, v in enumerate(curve)]
+    return balanced
 
 
 def heads_for(site: Site, losses: Sequence[float], shape: Shape) -> int:

@@ -121,14 +121,14 @@ class ExposedClipAttention(nn.Module):
         self.ln_q: nn.Module
         self.ln_k: nn.Module
         self.ln_inner: nn.Module
-        self.attn_drop: nn.Module
+        self.attn_drop: nn.Dropout
         self.out_proj: nn.Module
         self.out_drop: nn.Module
         self.in_proj = _linear(source.in_proj_weight, source.in_proj_bias)
         for name in ("ln_q", "ln_k", "attn_drop", "ln_inner", "out_proj", "out_drop"):
             setattr(self, name, getattr(source, name))
-        for name in ("logit_scale", "head_scale"):
-            self.register_parameter(name, getattr(source, name))
+        self.logit_scale: nn.Parameter | None = source.logit_scale
+        self.head_scale: nn.Parameter | None = source.head_scale
         self.train(dense.training)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:

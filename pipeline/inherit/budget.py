@@ -237,4 +237,5 @@ SOLVERS: dict[str, Callable[[Sequence[Offer], float], Choice]] = {
     "fraction": solve_fraction,
     "energy": solve_convex,
     "sensitivity": solve_convex,
+    "balanced": solve_convex,
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from pipeline.inherit.factorize import Moments
 from pipeline.inherit.sites import Site
+from pipeline.inherit.valid import valid_tokens
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -26,24 +27,6 @@ class TokenMask:
     """The valid token positions [B, N] of the running tower, None without padding."""
 
     current: Tensor | None = None
-
-
-def valid_tokens(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return which positions of `tokens` [B, N] are real: all up to the end-of-text token.
-
-    open_clip pools at the largest token id (`argmax`) or at a given one (`eos`); a tower that pools
-    otherwise has no padding that could be recognised, and every position counts.
-    """
-    holder: Any = model.text if isinstance(getattr(model, "text", None), nn.Module) else model
-    pool = getattr(holder, "text_pool_type", getattr(holder, "pool_type", "argmax"))
-    if pool == "argmax":
-        end = tokens.argmax(dim=-1)
-    elif pool == "eos":
-        eos = getattr(holder, "text_eos_id", getattr(holder, "eos_id", None))
-        end = tokens.eq(eos).int().argmax(dim=-1)
-    else:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    return torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
 
 
 def is_clip(model: nn.Module) -> bool:

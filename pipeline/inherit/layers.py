@@ -16,26 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.inherit.valid import ValidTokens
+
 GateMode = Literal["image", "token", "sequence", "none"]
-
-
-class ValidTokens(nn.Module):
-    """Which tokens of the current batch are not padding; shared by a tower's sequence gates.
-
-    The embedding layer of the tower fills it in the forward pass, the gates read it in the same
-    pass.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mask: Tensor | None = None  # [B, N] float, 1 for a real token
-
-    def forward(self, features_BNR: Tensor) -> Tensor:
-        """Return the mean of `features_BNR` over the valid tokens, [B, R]."""
-        if self.mask is None:
-            return features_BNR.mean(dim=1)
-        weight_BN1 = self.mask.to(features_BNR.dtype).unsqueeze(-1)
-        return (features_BNR * weight_BN1).sum(dim=1) / weight_BN1.sum(dim=1)
 
 
 class _Heads(nn.Module):

@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 from pipeline.inherit import factorize
 from pipeline.inherit.allocate import (
     Shape,
+    balance_losses,
     choose,
     make_offers,
     parse_budget,
@@ -42,6 +43,7 @@ from pipeline.inherit.plan import Plan, make_plan
 from pipeline.inherit.search import solve_fidelity, solve_latency
 from pipeline.inherit.sequential import Settings, sequential_fit
 from pipeline.inherit.sites import Site, expose, find_sites, set_module
+from pipeline.inherit.valid import share_valid_tokens
 
 AUDIT_TOLERANCE = 1e-5
 DATA_UNITS = ("macs", "latency", "fidelity")
@@ -147,6 +149,7 @@ def inherit(
     made = build_all(job, choice)
     for name, layer in made.layers.items():
         set_module(new, name, layer)
+    share_valid_tokens(new)
     plan.structure = structure + made.entries
     plan.notes |= {"audit": made.audit, **made.notes}
     for entry in plan.layers:
@@ -193,7 +196,7 @@ def _analyse(job: Job, cache: Path | None) -> None:
             moments = job.moments.get(site.name) if wanted else None
             job.parts[site.name] = decompose(site.matrix(), moments, job.shrinkage)
             job.losses[site.name] = tail_energies(job.parts[site.name])
-    if job.allocator == "sensitivity":
+    if job.allocator in ("sensitivity", "balanced"):
         from pipeline.inherit.sensitivity import loss_curves
 
         if job.batches is None:
@@ -322,3 +325,4 @@ def rebuild(model: nn.Module, structure: Iterable[Mapping[str, Any]]) -> None:
                 where=name,
                 todo=mismatch,
             ) from error
+    share_valid_tokens(model)

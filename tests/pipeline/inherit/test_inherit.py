@@ -241,3 +241,21 @@ def test_dead_singular_and_unsupported_layers() -> None:
         assert "never ran" in by_name["unused"].reason
         assert by_name["zero"].rank is not None
         assert plan.notes["unsupported"][0]["name"] == "conv1d"
+
+
+def test_sequence_gates_ignore_padding_and_survive_copies(teacher: nn.Module) -> None:
+    images, tokens = pairs(RESNET)
+    new, plan = inherit(teacher, "params=0.5", (images, tokens), 3, gate="sequence")
+    with torch.no_grad():  # gates that do look at their input
+        for module in new.modules():
+            if isinstance(module, InheritedLinear) and module.gate is not None:
+                nn.init.normal_(module.gate.weight)
+    longer = tokens.clone()
+    for row in longer:
+        row[int(row.argmax()) + 1 :] = 7
+    fresh = build(RESNET)
+    rebuild(fresh, plan.structure)
+    fresh.load_state_dict(new.state_dict())
+    expected = outputs(new, (images, tokens))
+    for model in (new, copy.deepcopy(new), fresh):
+        torch.testing.assert_close(outputs(model, (images, longer)), expected)
