@@ -20,7 +20,7 @@ from pipeline.inherit.calibrate import Forward, TokenMask, is_clip, run_batch, t
 from pipeline.inherit.factorize import Decomposition
 from pipeline.inherit.sites import Site
 
-SAMPLES = 256
+SAMPLES = 128
 
 
 def outputs_of(model: nn.Module, result: Any) -> tuple[list[Tensor], bool]:
@@ -119,7 +119,7 @@ def loss_curves(
     return {site.name: _curve(found[site.name], site.full_rank) for site in wanted}
 
 
-def _small(batches: Sequence[Any], samples: int, size: int = 32) -> Iterator[Any]:
+def _small(batches: Sequence[Any], samples: int, size: int = 16) -> Iterator[Any]:
     """Cut batches into pieces whose activations fit into memory with gradients."""
     left = samples
     for batch in batches:

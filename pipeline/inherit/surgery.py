@@ -202,6 +202,8 @@ def _analyse(job: Job, cache: Path | None) -> None:
         if job.batches is None:
             raise UserError("sensitivities need calibration data", where="allocator=sensitivity")
         job.losses = loss_curves(job.new, job.sites, job.parts, job.batches, job.forward, job.seed)
+    if job.allocator == "balanced":
+        job.losses = balance_losses(job.sites, job.losses)
 
 
 def _offers(job: Job, unit: str, timings: Any = None) -> list[Offer]:
