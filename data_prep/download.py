@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -257,6 +258,13 @@ def _locked(path: Path) -> Iterator[None]:
             except BlockingIOError:
                 if attempt < _LOCK_ATTEMPTS - 1:
                     time.sleep(0.2)
+            except OSError as error:  # Lustre without the flock option, some NFS
+                warnings.warn(
+                    f"{path.parent} cannot lock files ({error.strerror}): make sure that no second "
+                    "run works on the same slice",
+                    stacklevel=2,
+                )
+                break
         else:
             raise UserError(
                 "another run is working on the same slice of this folder",

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,9 @@ def local_path(location: str, cache: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Where a file system has no locks, two may fetch the same shard: slower, not wrong.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_file():
             with atomic_path(target) as temporary:
                 _fetch(location, temporary)

@@ -47,7 +47,7 @@ ADVICE = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one source; return the exit code (3 where a slice is done and others are not)."""
+    """Run one source; return the exit code."""
     console = Console(stderr=True, highlight=False)
     try:
         if args.source == "mirror":
