@@ -334,11 +334,34 @@ def add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs"), help="folder that runs will be written to"
     )
+    parser.add_argument(
+        "--cluster", metavar="NAME", help="also ask SLURM whether this cluster profile fits"
+    )
+    parser.add_argument(
+        "--probe", action="store_true", help="with --cluster: submit a job of at most a minute"
+    )
+
+
+def examine_cluster(name: str, probe_job: bool, out: Path) -> list[Finding]:
+    """Ask SLURM whether a cluster profile fits; with `probe_job` also from a compute node.
+
+    Raises:
+        SlurmError: no SLURM here, or no such profile.
+    """
+    from slurm import probe
+    from slurm.jobs import load_cluster
+
+    cluster = load_cluster(name)
+    found = probe.probe(cluster, out, [Path.cwd()]) if probe_job else probe.controller(cluster)
+    return [Finding(f"{name}: {f.name}", f.state, f.text, f.remedy) for f in found]  # type: ignore[arg-type]
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Print the findings; return 1 when something needed is missing, else 0."""
-    findings = [replace(f, remedy="") if f.status == "OK" else f for f in examine(args.out)]
+    found = examine(args.out)
+    if args.cluster:
+        found += examine_cluster(args.cluster, args.probe, args.out)
+    findings = [replace(f, remedy="") if f.status == "OK" else f for f in found]
     faults = [finding for finding in findings if finding.fatal]
     if args.json:
         print(json.dumps({"ok": not faults, "findings": list(map(asdict, findings))}, indent=2))

@@ -337,8 +337,14 @@ def _measure(place: Workplace, name: str, clip: Clip, *, before: bool = False) -
 
 def compare(run: Path) -> None:
     """Write `compare.csv`, `compare.md` and `report.html` from what the arms left behind."""
+    import json
+
     from eval.compare import write_comparison
     from eval.report import write_report
+    from slurm.status import broken_arms
 
+    for arm, (state, reason) in broken_arms(run).items():
+        status = {"state": state, "reason": reason}
+        atomic_write(run / "arms" / arm / "status.json", json.dumps(status) + "\n")
     write_comparison(run)
     write_report(run)

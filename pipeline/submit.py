@@ -29,12 +29,19 @@ def run_submit(args: argparse.Namespace) -> int:
         run.mkdir(parents=True, exist_ok=True)
         graph.fingerprint("data")  # names missing shards now and not in the night
         write_resolved(experiment, run)
-    stages = [slurm_stage(experiment, graph, stage, cluster) for stage in graph.stages.values()]
+    stages = [
+        slurm_stage(experiment, graph, stage, cluster, args.dry_run)
+        for stage in graph.stages.values()
+    ]
     return submit_graph(stages, cluster, run, dry_run=args.dry_run)
 
 
 def slurm_stage(
-    experiment: Experiment, graph: Graph, stage: Stage, cluster: jobs.ClusterProfile
+    experiment: Experiment,
+    graph: Graph,
+    stage: Stage,
+    cluster: jobs.ClusterProfile,
+    dry_run: bool = False,
 ) -> jobs.Stage:
     """Return one stage as SLURM sees it.
 
@@ -45,6 +52,9 @@ def slurm_stage(
     config = str(graph.run / "config.yaml")
     command = [python, "-m", "pipeline.cli", "run", config, "--out", str(graph.run)]
     command += ["--stage", stage.name]
+    # Where the data are still to be made, their fingerprint is not known yet.
+    known = not dry_run and experiment.data.prepare is None
+    identity = graph.fingerprint(stage.name) if known else ""
     slices = None
     if stage.verb == "prepare" and experiment.data.prepare is not None:
         slices = experiment.data.prepare.slices
@@ -67,6 +77,7 @@ def slurm_stage(
         resumable=stage.verb == "train",
         progress=progress,
         total=total,
+        identity=identity,
     )
 
 

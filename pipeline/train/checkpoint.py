@@ -65,7 +65,8 @@ class ResumeFolder:
 
         def write() -> None:
             engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
-            torch.save(_generators(processes), target / f"rank-{processes.rank}.pt")
+            own = {**_generators(processes), "batchnorm": _statistics(engine.module)}
+            torch.save(own, target / f"rank-{processes.rank}.pt")
 
         _check_written(write, target)
         processes.barrier()
@@ -109,7 +110,10 @@ class ResumeFolder:
         engine.load_checkpoint(str(self.folder), tag=target.name)
         own = target / f"rank-{processes.rank}.pt"
         if own.is_file():
-            _set_generators(torch.load(own, weights_only=False), processes)
+            record = torch.load(own, weights_only=False)
+            _set_generators(record, processes)
+            if state["world_size"] == processes.world_size:
+                _set_statistics(engine.module, record["batchnorm"])
         processes.barrier()
         return Position(state["step"], state["samples"], state["corrupt"], state["seconds"])
 
@@ -181,6 +185,22 @@ def _set_generators(state: dict[str, Any], processes: Processes) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and processes.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], processes.device)
+
+
+def _statistics(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a rank's own BatchNorm statistics; DeepSpeed's checkpoint holds rank 0's only."""
+    return {
+        name: buffer.detach().cpu().clone()
+        for name, buffer in module.named_buffers()
+        if name.endswith(("running_mean", "running_var"))
+    }
+
+
+@torch.no_grad()
+def _set_statistics(module: nn.Module, statistics: dict[str, torch.Tensor]) -> None:
+    buffers = dict(module.named_buffers())
+    for name, value in statistics.items():
+        buffers[name].copy_(value)
 
 
 @torch.no_grad()
