@@ -36,7 +36,11 @@ def add_inherit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--untrained", action="store_true", help="random weights, to see sizes and timings"
     )
-    parser.add_argument("--arm", help="initialisation (default: the best one the data allows)")
+    parser.add_argument(
+        "--arm",
+        help="initialisation (default: svd without calibration data; with it sequential, or "
+        "activation above 128 pixels, where one batch of all pairs needs too much memory)",
+    )
     parser.add_argument("--allocator", help="how ranks are chosen (default: the best one)")
     parser.add_argument(
         "--heads", type=_heads, default=3, help="heads per layer, or auto (default 3)"
@@ -82,7 +86,7 @@ def run_inherit(args: argparse.Namespace) -> int:
         budget=args.budget,
         calibration=batches,
         heads=args.heads,
-        arm=args.arm or ("svd" if not args.calibration else "activation"),
+        arm=args.arm or _default_arm(args, teacher),
         include=tuple(args.include or ("*",)),
         exclude=tuple(args.exclude),
         seed=args.seed,
@@ -103,6 +107,12 @@ def run_inherit(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"written: {args.out}")
     return 0
+
+
+def _default_arm(args: argparse.Namespace, teacher: Any) -> str:
+    if not args.calibration:
+        return "svd"
+    return "sequential" if teacher.image_size <= 128 else "activation"
 
 
 def _cache() -> Path:

@@ -115,7 +115,8 @@ def inherit(
         exclude: shell globs; these stay dense.
         seed: of the head deviations, random starts and probes.
         forward: `forward(model, batch)`; by default a CLIP's two encoders, else `model(batch)`.
-        allocator: "fraction", "energy" or "sensitivity"; None is the best for arm and data.
+        allocator: "fraction", "energy", "sensitivity" or "balanced"; None is "balanced" where the
+            arm uses calibration data, else "fraction".
         gate: gate of linear layers, "token" or "sequence".
         multiple: ranks are multiples of this; default 8 for layers of width 256 and more, else 1.
         shrinkage: λ of the moments.
@@ -127,7 +128,7 @@ def inherit(
         UserError: unusable budget, arm, weights, patterns or calibration data.
     """
     unit, share = parse_budget(budget)
-    allocator = allocator or ("energy" if arm in ("activation", "sequential") else "fraction")
+    allocator = allocator or ("fraction" if arm in WEIGHT_ONLY else "balanced")
     count = _check(arm, heads, allocator)
     batches = None if calibration is None else as_batches(calibration)
     if batches is None and (arm not in WEIGHT_ONLY or unit in DATA_UNITS):
