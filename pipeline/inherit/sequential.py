@@ -42,6 +42,7 @@ class Settings:
         rows: positions sampled per layer over the whole batch.
         compensate: let the last layer of a branch make up for the other operand's error.
         shift: correct the mean where a bias or BatchNorm can hold it.
+        dense: also fit layers that stay dense (not measured yet).
         weighted: measure output errors behind the BatchNorm that follows.
     """
 
@@ -49,6 +50,7 @@ class Settings:
     rows: int = ROWS
     compensate: bool = True
     shift: bool = True
+    dense: bool = False
     weighted: bool = True
     strength: float = 1.0
     floor: float = 0.1

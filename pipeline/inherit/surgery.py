@@ -38,7 +38,7 @@ from pipeline.inherit.factorize import (
     factors,
     fill_layer,
 )
-from pipeline.inherit.layers import GateMode, Inherited, build_layer
+from pipeline.inherit.layers import GateMode, build_layer
 from pipeline.inherit.plan import Plan, make_plan
 from pipeline.inherit.search import solve_fidelity, solve_latency
 from pipeline.inherit.sequential import Settings, sequential_fit
@@ -236,9 +236,10 @@ def build_all(job: Job, choice: Choice) -> Made:
     made = Made()
     generator = torch.Generator().manual_seed(job.seed)
 
-    def build(site: Site, pair: tuple[Tensor, Tensor]) -> Inherited:
-        option = choice[site.name]
-        assert option.rank is not None
+    def build(site: Site, pair: tuple[Tensor, Tensor]) -> nn.Module:
+        option = choice.get(site.name)
+        if option is None or option.rank is None:
+            return _dense(site, pair)
         layer = build_layer(
             site.module, option.rank, option.heads,
             gate=job.shape.gated, symmetric=job.shape.symmetric, mode=job.mode,
@@ -253,6 +254,8 @@ def build_all(job: Job, choice: Choice) -> Made:
     if job.arm == "sequential":
         # a lookup's input is exact: its best map is the plain one
         fitted = {s.name: ranks[s.name] for s in chosen if s.kind != "embedding"}
+        if job.settings.dense:  # a layer that stays dense can repair too, at no cost
+            fitted |= {s.name: s.full_rank for s in job.sites if _refits_dense(s, choice)}
         first = {s.name: build(s, _plain(job, s, ranks)) for s in chosen if s.kind == "embedding"}
         done = sequential_fit(
             job.new, job.sites, fitted, job.data(), job.forward,
@@ -267,6 +270,24 @@ def build_all(job: Job, choice: Choice) -> Made:
         entry = structure_entry(site, choice[site.name], job.shape, job.mode)
         made.entries.append(entry)
     return made
+
+
+def _refits_dense(site: Site, choice: Choice) -> bool:
+    """Whether a layer that stays dense may be fitted anew: it runs, alone with its weight."""
+    if site.kind == "embedding":
+        return False
+    return site.blocked == "excluded" or (site.name in choice and choice[site.name].rank is None)
+
+
+@torch.no_grad()
+def _dense(site: Site, pair: tuple[Tensor, Tensor]) -> nn.Module:
+    """Return a copy of a dense layer with another weight."""
+    layer = copy.deepcopy(site.module)
+    layer._forward_hooks.clear()  # those of the pass that is fitting it
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    weight.copy_((pair[0] @ pair[1]).reshape(weight.shape))
+    return layer
 
 
 def _plain(job: Job, site: Site, ranks: Mapping[str, int]) -> tuple[Tensor, Tensor]:
