@@ -18,12 +18,12 @@ from data_prep.files import atomic_write
 from data_prep.scenes import ScenesConfig
 from eval.suite import Suite
 from pipeline.config import Strict, apply_overrides, read_yaml, validate
+from pipeline.inherit.factorize import Arm as Initialisation
 from pipeline.models import read_architecture
 from pipeline.objectives import ObjectiveConfig
 from pipeline.train.settings import TrainSettings, merged
 
 ARM_KINDS = ("pretrained", "scratch", "inherited")
-INHERIT_ARMS = ("activation", "svd", "paper", "random", "no_gate", "symmetric")
 
 
 class PrepareSettings(Strict):
@@ -97,8 +97,10 @@ class InheritedArm(Strict):
     kind: Literal["inherited"]
     teacher: str = "teacher"
     budget: str = Field("params=0.4", description="params=, macs=, latency= or fidelity= share")
-    heads: int = Field(3, ge=1, le=16, description="up projections per layer")
-    init: Literal["activation", "svd", "paper", "random", "no_gate", "symmetric"] = "activation"
+    heads: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = Field(
+        3, description="up projections per layer; auto chooses 1 or 3 for each"
+    )
+    init: Initialisation = "activation"
     options: dict[str, Any] = Field({}, description="further arguments of inherit()")
     calibration: int = Field(512, ge=0, description="training pairs seen before any training")
     objective: ObjectiveConfig = ObjectiveConfig.model_validate("task")

@@ -33,13 +33,13 @@ class Batch:
         images: [b, 3, S, S] uint8.
         tokens: [b, L] int64.
         keys: The sample keys, for messages.
-        corrupt: Samples of this batch that could not be decoded and were replaced.
+        corrupt: One message per sample that could not be decoded and was replaced.
     """
 
     images: torch.Tensor
     tokens: torch.Tensor
     keys: list[str]
-    corrupt: int
+    corrupt: list[str]
 
     def pin_memory(self) -> Batch:
         """Pin for asynchronous copies to a GPU (called by the DataLoader)."""
@@ -69,38 +69,42 @@ class TrainingPairs(Dataset[Batch]):
 
     def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
         """Return the batch for `(draw, global sample index)` pairs."""
-        images, captions, keys, corrupt = [], [], [], 0
+        images: list[torch.Tensor] = []
+        captions: list[str] = []
+        keys: list[str] = []
+        corrupt: list[str] = []
         for draw, index in items:
             rng = np.random.default_rng((self.seed, draw, index))
-            image, texts, key, failures = self._readable(index)
-            corrupt += failures
+            image, texts, key = self._readable(index, corrupt)
             images.append(augmented(image, self.image_size, self.augment, rng))
             captions.append(texts[int(rng.integers(len(texts)))])
             keys.append(key)
         return Batch(torch.stack(images), self.tokenizer(captions), keys, corrupt)
 
-    def _readable(self, index: int) -> tuple[torch.Tensor, list[str], str, int]:
-        """Return the sample, or the next readable one with the number of corrupt ones passed.
+    def _readable(self, index: int, corrupt: list[str]) -> tuple[torch.Tensor, list[str], str]:
+        """Return the sample, or the next readable one; those passed over are added to `corrupt`.
 
         A batch must stay full: a rank with fewer pairs than the others would hang the gather.
         """
         for failures in range(self.shards.num_samples):
             candidate = (index + failures) % self.shards.num_samples
-            sample = self._decoded(candidate)
-            if sample is not None:
-                return (*sample, failures)
+            try:
+                return self._decoded(candidate)
+            except (OSError, ValueError) as error:
+                corrupt.append(str(error))
         raise UserError("not one readable sample in the training shards")
 
-    def _decoded(self, index: int) -> tuple[torch.Tensor, list[str], str] | None:
+    def _decoded(self, index: int) -> tuple[torch.Tensor, list[str], str]:
         if self._cache is not None and index in self._cache:
             return self._cache[index]
         raw = self.shards.read(index)
+        captions = raw.captions
+        if not captions:
+            raise ValueError(f"{raw.shard}: {raw.key}: no caption")
         try:
-            decoded = decode_image(raw.image_bytes), raw.captions, raw.key
-        except (OSError, ValueError, KeyError, UserError):
-            return None
-        if not decoded[1]:
-            return None
+            decoded = decode_image(raw.image_bytes), captions, raw.key
+        except ValueError as error:
+            raise ValueError(f"{raw.shard}: {raw.key}: {error}") from error
         if self._cache is not None:
             self._cache[index] = decoded
         return decoded

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from data_prep.reader import BatchSchedule, ShardSet
+from data_prep.reader import BatchSchedule, CorruptionBudget, ShardSet
 from pipeline.models import Clip, preprocessing
 from pipeline.objectives.objective import Objective
 from pipeline.tracking import Rates, Record, TrainLog, console_line
@@ -116,22 +116,23 @@ def _run(
 ) -> Position:
     settings = job.settings
     update = _Updater(job, processes, engine, optimizer)
-    first, corrupt, earlier = position.step, position.corrupt, position.seconds
+    first, earlier = position.step, position.seconds
+    budget = CorruptionBudget(settings.max_corrupt_share)
+    budget.seen, budget.corrupt = position.samples, position.corrupt
     started = last_save = time.perf_counter()
     rates = Rates()
     for step, batch, waited in _batches(job, processes, first):
         record = update(step, batch)
-        corrupt += (
-            int(processes.total(batch.corrupt)) if processes.world_size > 1 else batch.corrupt
-        )
+        elsewhere = int(processes.total(len(batch.corrupt))) - len(batch.corrupt)
+        messages = [*batch.corrupt, *["one read by another rank"] * elsewhere]
+        budget.count(settings.batch_size, messages)  # on all ranks alike: none is left waiting
         seen = (step + 1) * settings.batch_size
         rates.add(settings.batch_size, waited)
-        _refuse_corrupt(corrupt, seen, settings.max_corrupt_share)
         done = step + 1
-        position = Position(done, seen, corrupt, earlier + time.perf_counter() - started)
+        position = Position(done, seen, budget.corrupt, earlier + time.perf_counter() - started)
         if log and (done % settings.log_every == 0 or done in (1, settings.steps)):
-            record = {"step": done, "samples": seen, **record, **rates.read(), "corrupt": corrupt,
-                      "seconds": round(position.seconds, 3)}  # fmt: skip
+            record = {"step": done, "samples": seen, **record, **rates.read()}
+            record |= {"corrupt": budget.corrupt, "seconds": round(position.seconds, 3)}
             log.write(record)
             job.say(console_line(job.arm, record, settings.steps, started, first))
         late = time.perf_counter() - last_save > settings.save_every_minutes * 60
@@ -262,13 +263,3 @@ def check_models(job: Job) -> None:
                 where=f"arms.{job.arm}",
                 todo="both read the same batch; give them the same input",
             )
-
-
-def _refuse_corrupt(corrupt: int, seen: int, share: float) -> None:
-    if corrupt > share * seen and corrupt > 16:
-        raise UserError(
-            f"{corrupt} of {seen} training samples could not be decoded, more than the allowed "
-            f"share of {share:.1%}",
-            where="data.train",
-            todo="run `inherclip verify` on the shards, or raise train.max_corrupt_share",
-        )
