@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,11 +83,7 @@ def _run_one(
     seconds = time.time() - begun
     if stage.verb == "compare" and any(not graph.is_done(name) for name in stage.after):
         return  # a table with holes is shown, but not final
-    graph.mark_done(stage.name, seconds)
-    if stage.verb == "prepare":
-        graph.look_again()
-    if stage.arm:
-        (graph.run / "arms" / stage.arm / "status.json").unlink(missing_ok=True)
+    _conclude(graph, stage, seconds)
     say.print(f"  done in {duration(seconds)}", style="dim", highlight=False)
 
 
@@ -145,10 +142,20 @@ def run_single(experiment: Experiment, run: Path, name: str, say: Console) -> in
             _mark_arm(run, stage, "failed", f"{type(error).__name__}: {error}")
         raise
     if main and not missing:
-        graph.mark_done(name, time.time() - begun)
-        if stage.arm:
-            (run / "arms" / stage.arm / "status.json").unlink(missing_ok=True)
+        _conclude(graph, stage, time.time() - begun)
     return 0
+
+
+def _conclude(graph: Graph, stage: Stage, seconds: float) -> None:
+    """Mark a stage as done, then remove what only an unfinished one needs."""
+    graph.mark_done(stage.name, seconds)
+    if stage.verb == "prepare":
+        graph.look_again()
+    if stage.arm:
+        folder = graph.run / "arms" / stage.arm
+        (folder / "status.json").unlink(missing_ok=True)
+        if stage.verb == "train":
+            shutil.rmtree(folder / "resume", ignore_errors=True)
 
 
 def run_slice(experiment: Experiment, run: Path, part: str, say: Console) -> int:

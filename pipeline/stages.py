@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,7 +275,6 @@ def _trained(
 
 def _evaluate(place: Workplace, name: str, arm: Arm) -> None:
     folder = place.folder(name)
-    shutil.rmtree(folder / "resume", ignore_errors=True)  # the checkpoint is finished and marked
     if isinstance(arm, InheritedArm):
         _measure(place, name, load_checkpoint(folder / "inherited"), before=True)
     _measure(place, name, load_checkpoint(folder / "checkpoint"))

@@ -141,6 +141,8 @@ def test_two_local_processes_save_on_a_signal_and_the_same_command_goes_on(
     config, run = finished
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
+    log = copy / "arms/student/train.jsonl"
+    log.unlink()  # of the finished arm: what is waited for below must be new
     longer = ("--set", "arms.student.train.steps=300", "--set", "processes=2")
     command = [sys.executable, "-m", "pipeline.cli", "run", str(config), "--out", str(copy)]
     child = subprocess.Popen(
@@ -150,9 +152,8 @@ def test_two_local_processes_save_on_a_signal_and_the_same_command_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    log = copy / "arms/student/train.jsonl"
     deadline = time.monotonic() + 300
-    while '"step": 15' not in log.read_text():
+    while not (log.is_file() and '"step": 15' in log.read_text()):
         assert time.monotonic() < deadline
         assert child.poll() is None
         time.sleep(0.01)
