@@ -101,13 +101,13 @@ def test_both_ranks_end_with_the_batchnorm_buffers_that_are_saved(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "workers", "kills"), [(1, 0, 4), (1, 2, 2), (2, 0, 2), (2, 2, 2)]
+    ("ranks", "workers", "kills"), [(1, 0, 2), (1, 2, 1), (2, 0, 1), (2, 2, 1)]
 )
 def test_killed_at_random_moments_it_ends_with_the_same_weights(
     data: Path, tmp_path: Path, ranks: int, workers: int, kills: int
 ) -> None:
-    """Ten kills over the four cases, the random moments drawn anew in every run of the test."""
-    steps = {"steps": 200, "save_every": 20, "objective": "clip_kd"}
+    """The random moments are drawn anew in every run of the test."""
+    steps = {"steps": 80, "save_every": 10, "objective": "clip_kd"}
     run(tmp_path / "whole", data, ranks, workers=workers, **steps)
     seed = random.randrange(1 << 30)
     moments = random.Random(seed)
@@ -115,7 +115,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(
     for kill in range(kills):
         child = start(out, data, ranks, workers=workers, pause=0.02, **steps)
         log = out / "train.jsonl"
-        target = 1 + moments.randrange(150 * kill // kills, 150 * (kill + 1) // kills)
+        target = 1 + moments.randrange(50 * kill // kills, 50 * (kill + 1) // kills)
         deadline = time.monotonic() + 400
         while child.poll() is None and time.monotonic() < deadline:
             lines = log.read_text().splitlines() if log.is_file() else []

@@ -13,7 +13,12 @@ import yaml
 from slurm.ledger import Folder
 from tests.slurm.conftest import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("slurm"),  # one cluster for all
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENES = {"train": 256, "val": 8, "test": 48, "zero_shot": 24}
@@ -46,7 +51,7 @@ def inherclip(*arguments: object, check: bool = True) -> subprocess.CompletedPro
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
     )
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
@@ -72,7 +77,7 @@ def test_submitted_demo_has_the_numbers_of_the_plain_run(cluster: Cluster, folde
     assert shown.stdout.count("sbatch --test-only: Job") == 11
     assert not run.exists()
     inherclip("submit", demo, "--cluster", cluster_file, "--out", run, *sets)
-    jobs = cluster.wait_end(run, 400)
+    jobs = cluster.wait_end(run, 900)
     assert {job.state for job in jobs.values()} == {"done"}, jobs
     plain, submitted = table(folder / "plain"), table(run)
     assert [row["arm"] for row in submitted] == [row["arm"] for row in plain]
@@ -124,16 +129,33 @@ def test_training_on_two_nodes_resumes_exactly(cluster: Cluster, folder: Path) -
         inherclip("submit", config, "--cluster", cluster_file, "--out", run)
 
     def reached(step: int) -> str:
-        jobs = cluster.wait(disturbed, lambda jobs: jobs["train:student"].step >= step, 200)
+        jobs = cluster.wait(disturbed, lambda jobs: jobs["train:student"].step >= step, 600)
         return jobs["train:student"].job
 
     cluster.call("scancel", "--signal=USR1", reached(4))
     cluster.call("scontrol", "requeue", reached(12))
     for run in (calm, disturbed):
-        jobs = cluster.wait_end(run, 300)
+        jobs = cluster.wait_end(run, 900)
         assert {job.state for job in jobs.values()} == {"done"}, jobs
         restarts = 0 if run == calm else 2
         assert jobs["train:student"].restarts == restarts
         log = Folder(run).log("train:student", None, jobs["train:student"].job).read_text()
         assert log.count("WORLD_SIZE=2") == restarts + 1
     assert digest(disturbed) == digest(calm)
+
+
+def test_a_cancelled_arm_is_a_marked_row_and_the_others_finish(
+    cluster: Cluster, folder: Path
+) -> None:
+    content = yaml.safe_load(two_node_experiment(folder).read_text())
+    content["arms"]["other"] = {**content["arms"]["student"], "train": {"steps": 4000}}
+    config = folder / "cancelled.yaml"
+    config.write_text(yaml.safe_dump(content))
+    run = folder / "cancelled"
+    inherclip("submit", config, "--cluster", profile(folder), "--out", run)
+    cluster.wait(run, lambda jobs: jobs["train:other"].step >= 2, 600)
+    inherclip("cancel", run, "other")
+    jobs = cluster.wait_end(run, 900)
+    assert jobs["train:student"].state == jobs["compare"].state == "done", jobs
+    states = {row["arm"]: row["state"] for row in table(run)}
+    assert states == {"student": "done", "other": "cancelled"}

@@ -74,6 +74,7 @@ def test_requeue_of_the_site() -> None:
 
 @pytest.mark.slow
 @pytest.mark.slurm
+@pytest.mark.xdist_group("slurm")
 def test_probe_on_a_real_cluster(cluster: Cluster, run: Path, tmp_path: Path) -> None:
     found = {f.name: f for f in probe(cluster.profile, run, [tmp_path, tmp_path / "gone"])}
     assert found["partitions"].text == "main (2 nodes, limit infinite)"

@@ -14,7 +14,7 @@ from slurm.submit import submit_graph
 from tests.slurm.conftest import Cluster
 from tests.slurm.test_injection import ATTACKS
 
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
 PYTHON = sys.executable
 TRAINING = str(Path(__file__).with_name("tiny_training.py"))
