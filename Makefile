@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+SHARDS ?= ../shared/data
 EXTRAS := dev,export,tensorboard,near-duplicates
 
 .DEFAULT_GOAL := help
@@ -34,8 +35,11 @@ format: setup    ## let ruff mend what it can
 test: lint       ## lint, types and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-bench: setup     ## the measurements behind docs/, side by side with the plain version or a peer
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: setup     ## the measurements behind docs/ (SHARDS=folder of Flickr8k; peers: see benchmarks/data.py --help)
+	$(BIN)/python benchmarks/inheritance.py
+	$(BIN)/python benchmarks/data.py verify --shards $(SHARDS)
+	$(BIN)/python benchmarks/data.py read --shards $(SHARDS)
+	$(BIN)/python benchmarks/data.py download --shards $(SHARDS)
 
 clean:           ## remove caches (never runs/ or data)
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
