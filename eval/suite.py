@@ -71,6 +71,9 @@ class Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sets: tuple[EvalSet, ...] = Field(min_length=1, description="evaluation sets, in table order")
+    quick: EvalSet | None = Field(
+        None, description="what training looks at every train.validate_every steps; no test set"
+    )
     batch_size: int = Field(64, ge=1, description="images per step and process")
     workers: int = Field(
         0, ge=0, description="processes that decode images; 0: none beside this one"
@@ -87,11 +90,17 @@ class Suite(BaseModel):
 
     def with_root(self, root: str | Path) -> Suite:
         """Return the suite with `root` given to every set that names none."""
-        filled = tuple(
-            item if item.root is not None else item.model_copy(update={"root": str(root)})
-            for item in self.sets
-        )
-        return self.model_copy(update={"sets": filled})
+
+        def rooted(item: EvalSet) -> EvalSet:
+            return item if item.root is not None else item.model_copy(update={"root": str(root)})
+
+        quick = None if self.quick is None else rooted(self.quick)
+        return self.model_copy(update={"sets": tuple(map(rooted, self.sets)), "quick": quick})
+
+    @property
+    def everything(self) -> tuple[EvalSet, ...]:
+        """All sets whose shards must be there, the quick one included."""
+        return self.sets if self.quick is None else (*self.sets, self.quick)
 
 
 @dataclass

@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: done. 1: `verify`, `doctor` found something wrong. 2: a fault of the input, explained in one
-    message. 75: a signal stopped a training, which is saved. 130: interrupted; the same command
+    message. 74: another process of a training is gone. 75: a signal stopped a training, which is
+    saved. 130: interrupted; the same command
     continues.
     """
     parser = _parser()
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explained(error: Exception) -> int:
     """Print the faults that a user can mend; raise what is a bug, with its traceback."""
-    if type(error).__name__ == "StopRequested":
-        print(error, file=sys.stderr)
+    if type(error).__name__ in ("StopRequested", "LostRank"):
+        print(f"inherclip: {error}", file=sys.stderr)
         return int(error.code)  # type: ignore[attr-defined]
     if type(error).__name__ in ("UserError", "SlurmError"):
         print(f"inherclip: {error}", file=sys.stderr)

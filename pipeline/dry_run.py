@@ -20,7 +20,7 @@ def dry_run(experiment: Experiment, run: Path, only: list[str] | None, say: Cons
     check_arms(experiment, only)
     graph = Graph(experiment, run)
     missing = find_missing(experiment, graph)
-    samples = _samples(experiment, graph)
+    samples = known_samples(experiment, graph)
     table = Table(box=box.SIMPLE_HEAD, title=f"{experiment.name} in {run}", title_justify="left")
     table.add_column("stage", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -60,7 +60,7 @@ def find_missing(experiment: Experiment, graph: Graph) -> dict[str, tuple[str, s
         except UserError as error:
             missing["train"] = (f"training shards: {error.where or ''} {error.what}", error.todo)
     if experiment.data.scenes is None:
-        for item in experiment.eval.with_root(graph.data_root).sets:
+        for item in experiment.eval.with_root(graph.data_root).everything:
             try:
                 item.open()
             except UserError as error:
@@ -84,7 +84,8 @@ def find_missing(experiment: Experiment, graph: Graph) -> dict[str, tuple[str, s
     return missing
 
 
-def _samples(experiment: Experiment, graph: Graph) -> int | None:
+def known_samples(experiment: Experiment, graph: Graph) -> int | None:
+    """Return the training pairs that are here, else the official number, else None."""
     data = experiment.data
     if data.scenes is not None:
         return data.scenes.train
@@ -100,9 +101,10 @@ def _size(experiment: Experiment, stage: Stage, samples: int | None) -> tuple[st
         return known, "-", "1"
     if stage.verb == "train":
         train = experiment.arms[str(stage.arm)].train  # type: ignore[union-attr]
-        return (
-            f"{train.steps * train.batch_size:,}", f"{train.steps:,}", str(experiment.processes)
-        )  # fmt: skip
+        steps = train.length(samples)
+        if steps is None:
+            return "?", f"{train.epochs:g} epochs", str(experiment.processes)
+        return f"{steps * train.batch_size:,}", f"{steps:,}", str(experiment.processes)
     if stage.verb == "inherit":
         arm = experiment.arms[str(stage.arm)]
         assert isinstance(arm, InheritedArm)
@@ -118,7 +120,10 @@ def _facts(experiment: Experiment, samples: int | None) -> list[str]:
             lines.append(f"{name}: {arm.weights}, not trained")
             continue
         train = arm.train
-        epochs = f", {train.steps * train.batch_size / samples:.1f} epochs" if samples else ""
+        steps = train.length(samples)
+        length = f"{train.epochs:g} epochs" if steps is None else f"{steps:,} steps"
+        passes = steps * train.batch_size / samples if steps and samples else None
+        epochs = "" if passes is None else f", {passes:.1f} epochs"
         what = (
             f"budget {arm.budget}, {arm.heads} heads, init {arm.init}"
             if isinstance(arm, InheritedArm)
@@ -128,9 +133,7 @@ def _facts(experiment: Experiment, samples: int | None) -> list[str]:
             f"{term.weight:g} {loss}" if term.weight != 1 else loss
             for loss, term in arm.objective.terms.items()
         )
-        lines.append(
-            f"{name}: {what}; {losses}; {train.steps:,} steps of {train.batch_size:,}{epochs}"
-        )
+        lines.append(f"{name}: {what}; {losses}; {length} of {train.batch_size:,} pairs{epochs}")
     return lines
 
 

@@ -21,7 +21,7 @@ from pipeline.config import Strict, apply_overrides, read_yaml, validate
 from pipeline.inherit.factorize import Arm as Initialisation
 from pipeline.models import read_architecture
 from pipeline.objectives import ObjectiveConfig
-from pipeline.train.settings import TrainSettings, merged
+from pipeline.train.settings import TrainSettings, overlaid
 
 ARM_KINDS = ("pretrained", "scratch", "inherited")
 
@@ -150,7 +150,7 @@ class Experiment(Strict):
             if isinstance(arm, dict) and arm.get("kind") in ("scratch", "inherited"):
                 own = arm.get("train") or {}
                 if isinstance(own, dict) and isinstance(shared, dict):
-                    arm = {**arm, "train": merged(shared, own)}
+                    arm = {**arm, "train": overlaid(shared, own)}
             arms[name] = arm
         return {**content, "arms": arms}
 
@@ -166,6 +166,12 @@ class Experiment(Strict):
             if objective is not None and objective.needs_teacher and teacher is None:
                 raise ValueError(
                     f"arms.{name}.teacher: the objective ({', '.join(objective.terms)}) needs one"
+                )
+        for name, arm in self.arms.items():
+            train = getattr(arm, "train", None)
+            if train is not None and train.validate_every and self.eval.quick is None:
+                raise ValueError(
+                    f"arms.{name}.train.validate_every: give eval.quick, a set to look at"
                 )
         _refuse_circles({n: getattr(a, "teacher", None) for n, a in self.arms.items()})
         return self
@@ -209,10 +215,24 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
                 ) from error
             content["arms"] = {**content["arms"], name: {**arm, "model": architecture}}
     experiment = validate(Experiment, content, str(path), tags=ARM_KINDS)
+    experiment = _with_absolute_json(experiment, path.parent)
     data = experiment.data
     if data.root is not None:
         data = data.model_copy(update={"root": data.root.expanduser().resolve()})
     return experiment.model_copy(update={"data": data})
+
+
+def _with_absolute_json(experiment: Experiment, beside: Path) -> Experiment:
+    """Find the DeepSpeed JSONs beside the configuration, as model files are."""
+    arms = {}
+    for name, arm in experiment.arms.items():
+        train = getattr(arm, "train", None)
+        if train is not None and train.deepspeed is not None:
+            found = (beside / train.deepspeed.expanduser()).resolve()
+            train = train.model_copy(update={"deepspeed": found})
+            arm = arm.model_copy(update={"train": train})
+        arms[name] = arm
+    return experiment.model_copy(update={"arms": arms})
 
 
 def _is_map(value: Any) -> bool:

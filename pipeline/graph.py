@@ -218,7 +218,7 @@ def _arm_stages(experiment: Experiment, name: str) -> Iterator[Stage]:
         )
         training = _shaping(arm.model_dump(mode="json", include={"objective", "train"}))
         yield Stage(last, name, ("data", inherit, teacher), seed | training, checkpoint)
-    where = {"sets": {"__all__": {"root"}}, "workers": True}
+    where = {"sets": {"__all__": {"root"}}, "workers": True, "quick": True}
     suite = experiment.eval.model_dump(mode="json", exclude=where)  # type: ignore[arg-type]
     before = isinstance(arm, InheritedArm)
     outputs = (f"arms/{name}/eval.json", *((f"arms/{name}/eval_before.json",) if before else ()))
@@ -235,7 +235,10 @@ def _shaping(what: dict[str, Any]) -> dict[str, Any]:
     """Leave out settings that say how a training is run, not what comes out of it."""
     running = {
         "workers", "cache_decoded", "log_every", "save_every", "save_every_minutes", "keep",
-        "timeout_minutes", "max_corrupt_share",
+        "timeout_minutes", "silence_seconds", "max_corrupt_share", "validate_every", "trackers",
+        "zero_stage",
     }  # fmt: skip
+    if what["train"]["select"] == "best":
+        running.remove("validate_every")
     train = {k: v for k, v in what["train"].items() if k not in running}
     return {**what, "train": train}

@@ -116,7 +116,7 @@ def _data(place: Workplace) -> None:
         from data_prep.scenes import build_scenes
 
         build_scenes(scenes, place.graph.data_root)
-    for item in suite(place).sets:
+    for item in suite(place).everything:
         item.open()
     shards = place.training_shards()
     if place.experiment.data.prepare is not None:
@@ -269,8 +269,32 @@ def _trained(
         folder=place.folder(name),
         fingerprint=place.graph.fingerprint(f"train:{name}"),
         say=place.say if processes.is_main else lambda _: None,
+        validate=_look(place, processes) if arm.train.validate_every else None,
     )  # fmt: skip
     return student, train(job, processes)
+
+
+def _look(place: Workplace, processes: Processes) -> Callable[[Clip], dict[str, float]]:
+    """Return how a model under training is measured: on the suite's quick set."""
+    from eval.suite import evaluate
+
+    settings = suite(place)
+    assert settings.quick is not None  # refused when the experiment was loaded
+    quick = settings.quick
+
+    def look(clip: Clip) -> dict[str, float]:
+        return evaluate(
+            clip.model,
+            clip.transform(),
+            clip.tokenizer(),
+            [quick],
+            batch_size=settings.batch_size,
+            device=processes.device,
+            workers=settings.workers,
+            efficiency=False,
+        )
+
+    return look
 
 
 def _evaluate(place: Workplace, name: str, arm: Arm) -> None:

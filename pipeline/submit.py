@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.dry_run import known_samples
 from pipeline.experiment import Experiment, PretrainedArm, load_experiment, write_resolved
 from pipeline.graph import Graph, Stage
 from slurm import jobs
@@ -65,7 +66,7 @@ def slurm_stage(
         command = [python, "-m", "pipeline.cli", "train", config]
         command += ["--arm", str(stage.arm), "--out", str(graph.run)]
         progress = graph.run / "arms" / str(stage.arm) / "train.jsonl"
-        total = arm.train.steps
+        total = arm.train.length(known_samples(experiment, graph))
     return jobs.Stage(
         name=stage.name,
         command=command,

@@ -3,12 +3,136 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.train.job import Job
 
 Record = dict[str, Any]
+
+
+class Tracker:
+    """Where the records of one training go; on ranks other than 0 nowhere.
+
+    On a terminal a progress bar stays below the console lines.
+    """
+
+    def __init__(self, job: Job, step: int, main: bool) -> None:
+        self.job, self.main = job, main
+        self.log = TrainLog(job.folder / "train.jsonl", step) if main else None
+        self.sinks = [SINKS[name](job, step) for name in job.settings.trackers if main]
+        self.bar = _bar(job.arm, job.settings.steps, step) if main else None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        for sink in self.sinks:
+            sink.close()
+
+    def write(self, record: Record, line: str) -> None:
+        """Write a record to all sinks and its line to the console."""
+        if self.log is None:
+            return
+        self.log.write(record)
+        for sink in self.sinks:
+            sink.write(record)
+        if self.bar is not None:
+            self.bar.clear()
+        self.job.say(line)
+
+    def step(self, done: int) -> None:
+        """Move the progress bar."""
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+
+
+def _bar(arm: str, steps: int | None, step: int) -> Any:
+    """Return a progress bar, None where nobody watches."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=steps, initial=step, desc=arm, unit="step", leave=False, dynamic_ncols=True)
+
+
+class _TensorBoard:
+    """Event files in `arms/ARM/tensorboard`; a resumed run hides what it takes again."""
+
+    def __init__(self, job: Job, step: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _absent("tensorboard", error) from error
+        self.writer = SummaryWriter(str(job.folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in _numbers(record).items():
+            self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    """A W&B run named after run folder and arm; WANDB_MODE=offline keeps it on this machine."""
+
+    def __init__(self, job: Job, step: int) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _absent("wandb", error) from error
+        name = f"{job.folder.parent.parent.name}/{job.arm}"
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "inherclip"),
+            name=name,
+            id=f"{name}-{job.fingerprint}".replace("/", "-"),
+            resume="allow",  # the same training after an interruption is the same run
+            dir=str(job.folder),
+            config=job.settings.model_dump(mode="json"),
+        )
+
+    def write(self, record: Record) -> None:
+        self.run.log(_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS: dict[str, Callable[[Job, int], Any]] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+
+
+def _absent(package: str, error: ImportError) -> UserError:
+    return UserError(
+        f"{package} is asked for and not installed ({error})",
+        where="train.trackers",
+        todo="install the extra `logging`, or take it out of the list",
+    )
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+
+
+def memory_gb(device: torch.device) -> float:
+    """Return the peak memory of this process so far, in GB: the GPU's, or else resident."""
+    if device.type == "cuda":
+        import torch
+
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3)
 
 
 class TrainLog:
@@ -90,6 +214,7 @@ def console_line(arm: str, record: Record, steps: int, started: float, first: in
     parts += [
         f"{record['samples_per_s']:.0f} samples/s",
         f"data wait {record['data_wait']:.0%}",
+        f"{record['memory_gb']:.1f} GB",
         f"ETA {duration(remaining)}",
     ]
     return "  ".join(parts)

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
@@ -57,6 +64,19 @@ class MaskedTerm(Term):
     patch: int = Field(default=16, ge=1, description="edge of a patch in pixels")
 
 
+class LayersTerm(Term):
+    """A loss on the outputs of modules inside."""
+
+    modules: tuple[str, ...] = Field(
+        ..., min_length=1, description="globs on module names that student and teacher share"
+    )
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+
 class MixTerm(Term):
     """The classic distillation mix."""
 
@@ -95,6 +115,12 @@ class ObjectiveConfig(BaseModel):
         "distill:LogitKl", "soft cross-entropy, as open_clip's distill loss"
     )
     kd: MixTerm | None = _loss("distill:Kd", "(1-alpha) task + alpha tau^2 KL")
+    layers: LayersTerm | None = _loss(
+        "inner:Layers", "relative squared distance to the teacher's layers of the same name"
+    )
+    balance: Term | None = _loss(
+        "inner:Balance", "unevenness of the heads' mean gates", teacher=False
+    )
 
     @model_validator(mode="before")
     @classmethod

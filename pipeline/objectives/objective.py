@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.objectives.batch import Batch, Maps
-from pipeline.objectives.config import REGISTRY, ObjectiveConfig
+from pipeline.objectives.config import REGISTRY, LayersTerm, ObjectiveConfig
 from pipeline.objectives.contrastive import Loss
 from pipeline.objectives.features import Features, check_equal_rows, full_precision
 
@@ -27,6 +27,16 @@ class Objective(nn.Module):
         self.maps = maps
         self.needs_teacher = any(loss.needs_teacher for loss in losses.values())
         self._rows_checked = False
+
+    @property
+    def layer_globs(self) -> tuple[str, ...]:
+        """Modules whose outputs are compared with the teacher's; see `train.taps`."""
+        return next((o.modules for o in self._options() if isinstance(o, LayersTerm)), ())
+
+    @property
+    def wants_gates(self) -> bool:
+        """Whether a loss looks at the gates of inherited layers."""
+        return "balance" in self.losses
 
     def view_images(
         self, images: Tensor, generator: torch.Generator | None = None
@@ -56,7 +66,7 @@ class Objective(nn.Module):
             teacher: This rank's features of the same samples; may be None where `needs_teacher` is
                 False.
             views: L2-normalised student features `[b, D]` of the images that `view_images`
-                returned.
+                returned, and the rows that `train.taps` made.
 
         Raises:
             ValueError: The teacher or a view is missing, or the ranks bring different numbers of
@@ -77,6 +87,9 @@ class Objective(nn.Module):
             first = next(iter(terms))
             terms[first] = terms[first] + 0.0 * full_precision(unused)
         return terms
+
+    def _options(self) -> list[object]:
+        return [loss.options for loss in self._ordered()]
 
     def _ordered(self) -> list[Loss]:
         return [loss for loss in self.losses.values() if isinstance(loss, Loss)]

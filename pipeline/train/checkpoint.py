@@ -1,8 +1,14 @@
 """Exact resume: what was written is either whole and verified, or passed over with a warning.
 
-    resume/step-00000200/          DeepSpeed's files (model, optimizer, ZeRO shards) of all ranks
-    resume/step-00000200/rank-0.pt random generators of each rank
-    resume/step-00000200/state.json  written last: step, samples, fingerprint, sizes and hashes
+    resume/FINGERPRINT/step-00000200/
+        DeepSpeed's files (model, optimizer, ZeRO shards) of all ranks
+        rank-0.pt    generators and BatchNorm statistics of each rank
+        rank-0.json  hashes of what each rank wrote
+        average.pt   the running average of the weights, if there is one
+        state.json   written last: step, samples, hashes
+
+The fingerprint is of everything that shapes the training: after a change of configuration or data
+nothing is mixed up, and nothing lost if the change is taken back.
 
 The loader needs no state of its own: its position is the step (see `data_prep.reader`).
 """
@@ -13,20 +19,23 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from data_prep.errors import UserError
 from data_prep.files import atomic_write, sha256_file
+from pipeline.train.average import WeightAverage
+from pipeline.train.normalisation import set_statistics, statistics
 from pipeline.train.processes import Processes
+from pipeline.train.writer import FAILED, Writer, captured
 
 STATE = "state.json"
+PATIENCE = 600.0  # seconds that rank 0 waits for the other ranks' files
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class ResumeFolder:
 
     Args:
         folder: `arms/ARM/resume`.
-        fingerprint: Hash of everything that shapes the training; others' checkpoints are removed.
+        fingerprint: Hash of everything that shapes the training.
         keep: How many checkpoints stay.
         say: Where warnings go.
     """
@@ -52,45 +61,77 @@ class ResumeFolder:
     def __init__(
         self, folder: Path, fingerprint: str, keep: int, say: Callable[[str], None]
     ) -> None:
-        self.folder, self.fingerprint, self.keep, self.say = folder, fingerprint, keep, say
+        self.folder, self.keep, self.say = folder / fingerprint, keep, say
+        self._writer = Writer(PATIENCE)
 
-    def save(self, engine: Any, position: Position, processes: Processes) -> None:
-        """Write a checkpoint; all ranks must call this at the same step."""
-        tag = f"step-{position.step:08d}"
-        target = self.folder / tag
+    @property
+    def failed(self) -> bool:
+        """Whether this rank could not write its part of a checkpoint."""
+        return self._writer.state == FAILED
+
+    def save(
+        self,
+        engine: Any,
+        position: Position,
+        processes: Processes,
+        average: WeightAverage | None = None,
+    ) -> None:
+        """Copy the state and begin to write it; all ranks must call this at the same step.
+
+        Raises:
+            UserError: the checkpoint before could not be written.
+        """
+        self.finish(processes)
+        target = self.folder / f"step-{position.step:08d}"
         if processes.is_main:
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
         processes.barrier()
+        files = captured(engine, self.folder, target.name)
+        own = {**_generators(processes), "batchnorm": statistics(engine.module)}
+        if average is not None:
+            own["average_batchnorm"] = statistics(average.model)
+            if processes.is_main:
+                files.append((target / "average.pt", average.state()))
+        files.append((target / f"rank-{processes.rank}.pt", own))
+        state = {
+            **asdict(position),
+            "world_size": processes.world_size,
+            "zero_stage": engine.zero_optimization_stage(),
+        }
 
-        def write() -> None:
-            engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
-            own = {**_generators(processes), "batchnorm": _statistics(engine.module)}
-            torch.save(own, target / f"rank-{processes.rank}.pt")
-
-        _check_written(write, target)
-        processes.barrier()
-        if processes.is_main:
-            files = sorted(p for p in target.rglob("*") if p.is_file())
-            state = {
-                "step": position.step,
-                "samples": position.samples,
-                "corrupt": position.corrupt,
-                "seconds": position.seconds,
-                "fingerprint": self.fingerprint,
-                "world_size": processes.world_size,
-                "zero_stage": engine.zero_optimization_stage(),
-                "files": {str(p.relative_to(target)): sha256_file(p) for p in files},
-            }
-            atomic_write(target / STATE, json.dumps(state, indent=1) + "\n")
+        def validate(hashes: dict[str, str]) -> None:
+            atomic_write(target / STATE, json.dumps({**state, "files": hashes}, indent=1) + "\n")
             self._retire(target)
-        processes.barrier()
 
-    def restore(self, engine: Any, processes: Processes) -> Position | None:
-        """Load the newest whole checkpoint into the engine; None if there is none.
+        self._writer.start(files, target, processes.rank, validate, processes.world_size)
+
+    def finish(self, processes: Processes) -> None:
+        """Wait until the checkpoint under way is written; all ranks must call this.
 
         Raises:
-            UserError: the checkpoint was written by another number of processes under ZeRO.
+            UserError: it could not be, on this rank or on another.
+        """
+        self._writer.wait()
+        if processes.any(self.failed):
+            self.refuse_failure()
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long for the checkpoint under way, without the other ranks: training failed."""
+        self._writer.wait(seconds)
+
+    def refuse_failure(self) -> None:
+        """Raise the UserError about a checkpoint that could not be written."""
+        self._writer.refuse_failure(self.folder)
+
+    def restore(
+        self, engine: Any, processes: Processes, average: WeightAverage | None = None
+    ) -> Position | None:
+        """Load the newest whole checkpoint into engine and average; None if there is none.
+
+        Raises:
+            UserError: it was written at another ZeRO stage, or by another number of processes at
+                stage 1 or 2, where optimizer states lie in parts.
         """
         chosen = self._newest() if processes.is_main else None
         holder = [str(chosen) if chosen else None]
@@ -100,26 +141,20 @@ class ResumeFolder:
             return None
         target = Path(holder[0])
         state = json.loads((target / STATE).read_text())
-        if state["world_size"] != processes.world_size and state["zero_stage"] > 0:
-            raise UserError(
-                f"the checkpoint was written by {state['world_size']} processes at ZeRO stage "
-                f"{state['zero_stage']}; there are {processes.world_size} now",
-                where=str(target),
-                todo="resume with as many processes, or train at zero_stage 0",
-            )
+        _refuse_other_parts(target, state, engine.zero_optimization_stage(), processes)
         engine.load_checkpoint(str(self.folder), tag=target.name)
         own = target / f"rank-{processes.rank}.pt"
         if own.is_file():
             record = torch.load(own, weights_only=False)
             _set_generators(record, processes)
             if state["world_size"] == processes.world_size:
-                _set_statistics(engine.module, record["batchnorm"])
+                set_statistics(engine.module, record["batchnorm"])
+        if average is not None:
+            average.load(torch.load(target / "average.pt", weights_only=True))
+            if state["world_size"] == processes.world_size:
+                set_statistics(average.model, record["average_batchnorm"])
         processes.barrier()
         return Position(state["step"], state["samples"], state["corrupt"], state["seconds"])
-
-    def clear(self) -> None:
-        """Remove all checkpoints: the arm is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _newest(self) -> Path | None:
         """Return the newest checkpoint that is whole and ours; remove what can never be used."""
@@ -128,10 +163,6 @@ class ResumeFolder:
                 state = json.loads((target / STATE).read_text())
             except (OSError, json.JSONDecodeError):
                 self.say(f"{target.name} was never finished: passed over")
-                shutil.rmtree(target, ignore_errors=True)
-                continue
-            if state["fingerprint"] != self.fingerprint:
-                self.say(f"{target.name} belongs to another configuration or data: removed")
                 shutil.rmtree(target, ignore_errors=True)
                 continue
             damaged = [
@@ -152,21 +183,24 @@ class ResumeFolder:
             shutil.rmtree(target, ignore_errors=True)
 
 
-def _check_written(write: Callable[[], None], target: Path) -> None:
-    """Run `write`; a full disk removes the torn checkpoint and becomes a message."""
-    try:
-        write()
-    except (OSError, RuntimeError) as error:
-        full = getattr(error, "errno", None) == 28 or "No space left" in str(error)
-        full = full or "PytorchStreamWriter failed" in str(error)
-        if not full:
-            raise
-        shutil.rmtree(target, ignore_errors=True)
+def _refuse_other_parts(
+    target: Path, state: dict[str, Any], stage: int, processes: Processes
+) -> None:
+    """Refuse a checkpoint whose optimizer states are cut up otherwise than here."""
+    if state["zero_stage"] != stage:
         raise UserError(
-            "no space left for a checkpoint",
-            where=str(target.parent),
-            todo="free some space and run the same command: it continues from the last checkpoint",
-        ) from error
+            f"it was written at ZeRO stage {state['zero_stage']}, this is stage {stage}",
+            where=str(target),
+            todo=f"set train.zero_stage={state['zero_stage']}, or remove the folder to start anew",
+        )
+    if stage > 0 and state["world_size"] != processes.world_size:
+        raise UserError(
+            f"the checkpoint was written by {state['world_size']} processes at ZeRO stage "
+            f"{stage}; there are {processes.world_size} now",
+            where=str(target),
+            todo=f"resume with {state['world_size']} processes (at stage 0 any number will do), "
+            "or remove the folder to start anew",
+        )
 
 
 def _generators(processes: Processes) -> dict[str, Any]:
@@ -185,35 +219,3 @@ def _set_generators(state: dict[str, Any], processes: Processes) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and processes.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], processes.device)
-
-
-def _statistics(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return a rank's own BatchNorm statistics; DeepSpeed's checkpoint holds rank 0's only."""
-    return {
-        name: buffer.detach().cpu().clone()
-        for name, buffer in module.named_buffers()
-        if name.endswith(("running_mean", "running_var"))
-    }
-
-
-@torch.no_grad()
-def _set_statistics(module: nn.Module, statistics: dict[str, torch.Tensor]) -> None:
-    buffers = dict(module.named_buffers())
-    for name, value in statistics.items():
-        buffers[name].copy_(value)
-
-
-@torch.no_grad()
-def average_batchnorm(module: nn.Module, processes: Processes) -> None:
-    """Replace BatchNorm's running statistics by their mean over ranks.
-
-    DeepSpeed never synchronises buffers: without this every rank would evaluate another model,
-    and only rank 0's would be saved.
-    """
-    if processes.world_size == 1:
-        return
-    for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            for buffer in filter(torch.is_tensor, (norm.running_mean, norm.running_var)):
-                dist.all_reduce(buffer)
-                buffer.div_(processes.world_size)

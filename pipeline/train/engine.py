@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from data_prep.errors import UserError
+from pipeline.train.parameters import parameter_groups
 from pipeline.train.processes import Processes
 from pipeline.train.settings import TrainSettings, merged
 
@@ -26,21 +27,6 @@ def resolved_precision(settings: TrainSettings, processes: Processes) -> str:
             raise UserError("this GPU has no bf16", where="train.precision", todo="set fp32")
         return settings.precision
     return "bf16" if processes.device.type == "cuda" else "fp32"
-
-
-def parameter_groups(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW groups: matrices decay; norms, biases, gates, scales and positions do not."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        exempt = parameter.ndim < 2 or ".gate." in name or "positional_embedding" in name
-        (plain if exempt else decayed).append(parameter)
-    return [
-        {"params": decayed, "lr": lr, "weight_decay": weight_decay, "name": "decayed"},
-        {"params": plain, "lr": lr, "weight_decay": 0.0, "name": "plain"},
-    ]
 
 
 def deepspeed_config(settings: TrainSettings, processes: Processes) -> dict[str, Any]:
@@ -125,7 +111,7 @@ def start_engine(
     module = module.to(processes.device)
     if settings.channels_last:
         module = module.to(memory_format=torch.channels_last)
-    groups = parameter_groups(module, settings.lr, settings.weight_decay)
+    groups = parameter_groups(module, settings)
     optimizer = torch.optim.AdamW(
         groups,
         lr=settings.lr,

@@ -46,7 +46,33 @@ class Batch:
         return Batch(self.images.pin_memory(), self.tokens.pin_memory(), self.keys, self.corrupt)
 
 
-class TrainingPairs(Dataset[Batch]):
+@dataclass
+class Encoded:
+    """One rank's part of a global batch whose images are still to be decoded (`train.decode`).
+
+    Attributes:
+        data: The encoded images, uint8 [n] each.
+        items: (draw, global sample index) of each.
+        tokens, keys, corrupt: As in `Batch`.
+    """
+
+    data: list[torch.Tensor]
+    items: list[tuple[int, int]]
+    tokens: torch.Tensor
+    keys: list[str]
+    corrupt: list[str]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One augmented image [3, S, S] uint8 with the caption drawn for it."""
+
+    image: torch.Tensor
+    caption: str
+    key: str
+
+
+class TrainingPairs(Dataset[Batch | Encoded]):
     """Samples of a shard set as augmented batches; `__getitems__` makes a whole batch at once."""
 
     def __init__(
@@ -57,9 +83,10 @@ class TrainingPairs(Dataset[Batch]):
         augment: AugmentSettings,
         seed: int,
         cache_decoded: bool = False,
+        encoded: bool = False,
     ) -> None:
         self.shards, self.tokenizer, self.image_size = shards, tokenizer, image_size
-        self.augment, self.seed = augment, seed
+        self.augment, self.seed, self.encoded = augment, seed, encoded
         self._cache: dict[int, tuple[torch.Tensor, list[str], str]] | None = (
             {} if cache_decoded else None
         )
@@ -67,19 +94,43 @@ class TrainingPairs(Dataset[Batch]):
     def __len__(self) -> int:
         return self.shards.num_samples
 
-    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch:
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Batch | Encoded:
         """Return the batch for `(draw, global sample index)` pairs."""
-        images: list[torch.Tensor] = []
-        captions: list[str] = []
-        keys: list[str] = []
+        if self.encoded:
+            return self._encoded(items)
         corrupt: list[str] = []
-        for draw, index in items:
-            rng = np.random.default_rng((self.seed, draw, index))
-            image, texts, key = self._readable(index, corrupt)
-            images.append(augmented(image, self.image_size, self.augment, rng))
-            captions.append(texts[int(rng.integers(len(texts)))])
-            keys.append(key)
-        return Batch(torch.stack(images), self.tokenizer(captions), keys, corrupt)
+        samples = [self.sample(item, corrupt) for item in items]
+        return Batch(
+            torch.stack([sample.image for sample in samples]),
+            self.tokenizer([sample.caption for sample in samples]),
+            [sample.key for sample in samples],
+            corrupt,
+        )
+
+    def sample(self, item: tuple[int, int], corrupt: list[str]) -> Sample:
+        """Return one augmented sample; those passed over as unreadable are added to `corrupt`."""
+        image, captions, key = self._readable(item[1], corrupt)
+        rng, choice = self.caption_choice(item, len(captions))
+        return Sample(augmented(image, self.image_size, self.augment, rng), captions[choice], key)
+
+    def caption_choice(
+        self, item: tuple[int, int], captions: int
+    ) -> tuple[np.random.Generator, int]:
+        """Return a sample's generator, past the choice of its caption, and that choice."""
+        rng = np.random.default_rng((self.seed, *item))
+        return rng, int(rng.random() * captions)
+
+    def _encoded(self, items: Sequence[tuple[int, int]]) -> Encoded:
+        data, captions, keys = [], [], []
+        for item in items:
+            raw = self.shards.read(item[1])
+            data.append(torch.frombuffer(bytearray(raw.image_bytes), dtype=torch.uint8))
+            choice = self.caption_choice(item, len(raw.captions))[1] if raw.captions else 0
+            captions.append(raw.captions[choice] if raw.captions else "")
+            if not raw.captions:
+                data[-1] = data[-1][:0]  # unusable: the decoder finds a substitute
+            keys.append(raw.key)
+        return Encoded(data, [*items], self.tokenizer(captions), keys, [])
 
     def _readable(self, index: int, corrupt: list[str]) -> tuple[torch.Tensor, list[str], str]:
         """Return the sample, or the next readable one; those passed over are added to `corrupt`.

@@ -6,73 +6,31 @@ and the restored state alone, so an interrupted run ends with the same weights a
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
-from data_prep.errors import UserError
-from data_prep.reader import BatchSchedule, CorruptionBudget, ShardSet
-from pipeline.models import Clip, preprocessing
-from pipeline.objectives.objective import Objective
-from pipeline.tracking import Rates, Record, TrainLog, console_line
-from pipeline.train.checkpoint import Position, ResumeFolder, average_batchnorm
+from data_prep.reader import BatchSchedule, CorruptionBudget
+from pipeline.tracking import Rates, Record, Tracker, console_line, memory_gb
+from pipeline.train.average import WeightAverage
+from pipeline.train.best import Best
+from pipeline.train.checkpoint import Position, ResumeFolder
+from pipeline.train.compiled import compiled
+from pipeline.train.decode import on_device
 from pipeline.train.engine import start_engine
-from pipeline.train.loader import Batch, Normalise, TrainingPairs, training_batches
+from pipeline.train.job import Job, check_models
+from pipeline.train.liveness import Liveness
+from pipeline.train.loader import Batch, TrainingPairs, training_batches
+from pipeline.train.memory import checkpointed
+from pipeline.train.normalisation import average_batchnorm, synchronised, training_mode
 from pipeline.train.processes import Processes
 from pipeline.train.settings import TrainSettings
 from pipeline.train.signals import StopRequested, StopSignals
-from pipeline.train.step import (
-    Trainee,
-    cached_step,
-    gradient_norm,
-    plain_step,
-    refuse_non_finite,
-    teacher_features,
-)
-
-
-@dataclass
-class Job:
-    """All that one arm's training needs.
-
-    Attributes:
-        arm: The arm's name, for messages.
-        student: Trained in place.
-        teacher: Frozen; None where the objective needs none.
-        objective: The loss, with its own parameters.
-        shards: Training pairs.
-        settings: Steps, batch, learning rate and so on.
-        seed: Of order, augmentation and views.
-        folder: `runs/NAME/arms/ARM`.
-        fingerprint: Hash of everything that shapes this training.
-        say: Where console lines go (rank 0 only).
-    """
-
-    arm: str
-    student: Clip
-    teacher: Clip | None
-    objective: Objective
-    shards: ShardSet
-    settings: TrainSettings
-    seed: int
-    folder: Path
-    fingerprint: str
-    say: Callable[[str], None]
-
-
-def learning_rate_factor(step: int, settings: TrainSettings) -> float:
-    """Return the factor of the peak learning rate in update `step` (0 is the first)."""
-    if step < settings.warmup:
-        return (step + 1) / settings.warmup
-    if settings.schedule == "constant":
-        return 1.0
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+from pipeline.train.step import Trainee
+from pipeline.train.update import Updater
 
 
 def train(job: Job, processes: Processes) -> Position:
@@ -82,184 +40,191 @@ def train(job: Job, processes: Processes) -> Position:
         UserError: the batch does not divide over the processes, too many corrupt samples, a loss
             that is not finite, no space for a checkpoint.
         StopRequested: a signal asked to stop; the state is saved.
+        LostRank: another rank is gone.
     """
     check_models(job)
+    settings = job.settings.with_steps(job.shards.num_samples)
+    job = replace(job, settings=settings)
     torch.manual_seed(job.seed * 1_000_003 + processes.rank)
-    settings = job.settings
-    trainee = Trainee(job.student.model.train(), job.objective, settings.max_logit_scale)
-    engine, optimizer = start_engine(trainee, settings, processes)
-    if job.teacher is not None:
-        job.teacher.model.to(processes.device).eval().requires_grad_(False)
-        if settings.channels_last:
-            job.teacher.model.to(memory_format=torch.channels_last)
-    resume = ResumeFolder(job.folder / "resume", job.fingerprint, settings.keep, job.say)
-    position = resume.restore(engine, processes) or Position(0, 0)
-    log = TrainLog(job.folder / "train.jsonl", position.step) if processes.is_main else None
-    if position.step:
-        job.say(f"{job.arm}: resuming after step {position.step} of {settings.steps}")
-    with StopSignals() as signals:
-        position = _run(job, processes, engine, optimizer, resume, position, log, signals)
-    average_batchnorm(trainee, processes)
+    if settings.batchnorm == "sync":
+        job.student.model = synchronised(job.student.model, processes)
+    training = _Training(job, processes)
+    with ExitStack() as stack:
+        alive = Liveness(processes, settings.silence_seconds, settings.timeout_minutes * 60)
+        training.alive = stack.enter_context(alive)
+        training.signals = stack.enter_context(StopSignals())
+        if settings.checkpoint_activations:
+            stack.enter_context(checkpointed(job.student.model))
+        if settings.compile:
+            stack.enter_context(compiled(job.student.model))
+        try:
+            position = training.run()
+        except Exception as error:
+            training.resume.wait(seconds=20)
+            if isinstance(error, RuntimeError):
+                raise alive.explain(error) from error
+            raise
+    training.choose_weights()
     job.student.model.eval()
     return position
 
 
-def _run(
-    job: Job,
-    processes: Processes,
-    engine: Any,
-    optimizer: torch.optim.Optimizer,
-    resume: ResumeFolder,
-    position: Position,
-    log: TrainLog | None,
-    signals: StopSignals,
-) -> Position:
-    settings = job.settings
-    update = _Updater(job, processes, engine, optimizer)
-    first, earlier = position.step, position.seconds
-    budget = CorruptionBudget(settings.max_corrupt_share)
-    budget.seen, budget.corrupt = position.samples, position.corrupt
-    started = last_save = time.perf_counter()
-    rates = Rates()
-    for step, batch, waited in _batches(job, processes, first):
-        record = update(step, batch)
-        elsewhere = int(processes.total(len(batch.corrupt))) - len(batch.corrupt)
-        messages = [*batch.corrupt, *["one read by another rank"] * elsewhere]
-        budget.count(settings.batch_size, messages)  # on all ranks alike: none is left waiting
-        seen = (step + 1) * settings.batch_size
-        rates.add(settings.batch_size, waited)
-        done = step + 1
-        position = Position(done, seen, budget.corrupt, earlier + time.perf_counter() - started)
-        if log and (done % settings.log_every == 0 or done in (1, settings.steps)):
-            record = {"step": done, "samples": seen, **record, **rates.read()}
-            record |= {"corrupt": budget.corrupt, "seconds": round(position.seconds, 3)}
-            log.write(record)
-            job.say(console_line(job.arm, record, settings.steps, started, first))
-        late = time.perf_counter() - last_save > settings.save_every_minutes * 60
-        code = int(processes.maximum(signals.code))
-        due = done % settings.save_every == 0 or processes.any(late) or code
-        if due and done < settings.steps:
-            resume.save(engine, position, processes)
-            last_save = time.perf_counter()
-            rates.reset()
-        if code and done < settings.steps:
-            raise StopRequested(code, done)
-    return position
+class _Training:
+    """One arm's training under way."""
 
+    alive: Liveness
+    signals: StopSignals
 
-def _batches(job: Job, processes: Processes, first: int) -> Iterator[tuple[int, Batch, float]]:
-    """Yield (step, this rank's batch, seconds waited for it) from step `first` on."""
-    settings = job.settings
-    schedule = BatchSchedule(
-        job.shards,
-        settings.batch_size // processes.world_size,
-        processes.rank,
-        processes.world_size,
-        job.seed,
-    )
-    pairs = TrainingPairs(
-        job.shards,
-        job.student.tokenizer(),
-        job.student.image_size,
-        settings.augment,
-        job.seed,
-        settings.cache_decoded,
-    )
-    loader = training_batches(
-        pairs,
-        schedule,
-        start=first,
-        end=settings.steps,
-        workers=settings.workers,
-        pin=processes.device.type == "cuda",
-    )
-    asked = time.perf_counter()
-    for step, batch in enumerate(loader, first):
-        yield step, batch, time.perf_counter() - asked
-        asked = time.perf_counter()
-
-
-class _Updater:
-    """One optimizer update, with what it needs held between updates."""
-
-    def __init__(
-        self, job: Job, processes: Processes, engine: Any, optimizer: torch.optim.Optimizer
-    ) -> None:
-        self.job, self.processes, self.engine = job, processes, engine
-        self.groups = getattr(optimizer, "param_groups", None) or engine.optimizer.param_groups
-        shape = preprocessing(job.student.architecture)
-        self.normalise = Normalise(
-            shape["mean"], shape["std"], processes.device, job.settings.channels_last
+    def __init__(self, job: Job, processes: Processes) -> None:
+        self.job, self.processes, self.settings = job, processes, job.settings
+        settings, model = job.settings, job.student.model
+        training_mode(model, settings.batchnorm == "frozen")
+        trainee = Trainee(model, job.objective, settings.max_logit_scale)
+        self.engine, optimizer = start_engine(trainee, settings, processes)
+        self.average = (
+            WeightAverage(model, settings.ema_samples, settings.batch_size)
+            if settings.ema_samples
+            else None
         )
+        _place_teacher(job, settings, processes)
+        self.update = Updater(job, processes, self.engine, optimizer)
+        self.resume = ResumeFolder(job.folder / "resume", job.fingerprint, settings.keep, job.say)
+        restored = self.resume.restore(self.engine, processes, self.average)
+        self.position = restored or Position(0, 0)
+        self.best = Best(job.folder / "best", fresh=restored is None and processes.is_main)
+        if restored:
+            job.say(f"{job.arm}: resuming after step {restored.step} of {settings.steps}")
 
-    def __call__(self, step: int, batch: Batch) -> Record:
-        """Update once; return loss, terms, learning rate, scale and gradient norm."""
-        job, settings = self.job, self.job.settings
-        rate = settings.lr * learning_rate_factor(step, settings)
-        for group in self.groups:
-            group["lr"] = rate
-        images = self.normalise(batch.images)
-        tokens = batch.tokens.to(self.processes.device, non_blocking=True)
-        teacher = None
-        if job.teacher is not None:
-            with torch.autocast(
-                self.processes.device.type, torch.bfloat16, enabled=self._autocast()
-            ):
-                teacher = teacher_features(job.teacher.model, images, tokens)
-        views = torch.Generator().manual_seed((job.seed * 1_000_003 + step) * 4096 + 1)
-        if settings.accumulate > 1:
-            terms = cached_step(self.engine, images, tokens, teacher, views, settings.accumulate)
-        else:
-            terms = plain_step(self.engine, images, tokens, teacher, views)
-        means = self.processes.mean(torch.stack(list(terms.values()))).tolist()
-        values = {f"loss/{name}": value for name, value in zip(terms, means, strict=True)}
-        values["loss"] = math.fsum(values.values())
-        norm = gradient_norm(self.engine)
-        finite = values if norm is None else {**values, "gradient norm": norm}
-        refuse_non_finite(finite, step + 1, batch.keys, self.processes)
-        self.engine.step()
-        scale = self.engine.module.student.logit_scale
-        with torch.no_grad():
-            scale.clamp_(max=math.log(settings.max_logit_scale))
-        return {"loss": values.pop("loss"), **values, "lr": rate, "grad_norm": norm,
-                "scale": float(scale.detach().exp())}  # fmt: skip
+    def run(self) -> Position:
+        """Take the steps that are left."""
+        job, settings, processes = self.job, self.settings, self.processes
+        first = self.position.step
+        budget = CorruptionBudget(settings.max_corrupt_share)
+        budget.seen, budget.corrupt = self.position.samples, self.position.corrupt
+        earlier, started = self.position.seconds, time.perf_counter()
+        last_save, rates = started, Rates()
+        assert settings.steps is not None
+        with Tracker(job, self.position.step, processes.is_main) as tracker:
+            for step, batch, waited in self._batches(first):
+                record = self.update(step, batch)
+                done = step + 1
+                if self.average is not None:
+                    self.average.update(done)
+                elsewhere = int(processes.total(len(batch.corrupt))) - len(batch.corrupt)
+                messages = [*batch.corrupt, *["one read by another rank"] * elsewhere]
+                budget.count(settings.batch_size, messages)  # on all ranks alike
+                rates.add(settings.batch_size, waited)
+                seconds = earlier + time.perf_counter() - started
+                seen = done * settings.batch_size
+                self.position = Position(done, seen, budget.corrupt, seconds)
+                looked = self._look(done)
+                if looked or done % settings.log_every == 0 or done in (1, settings.steps):
+                    record = {"step": done, "samples": seen, **record, **rates.read()}
+                    record |= {"corrupt": budget.corrupt, "memory_gb": memory_gb(processes.device)}
+                    record |= {"seconds": round(seconds, 3), **looked}
+                    line = console_line(job.arm, record, settings.steps, started, first)
+                    tracker.write(record, line)
+                tracker.step(done)
+                if self._save(done, time.perf_counter() - last_save):
+                    last_save = time.perf_counter()
+                    rates.reset()
+        self.resume.finish(processes)
+        return self.position
 
-    def _autocast(self) -> bool:
-        from pipeline.train.engine import resolved_precision
+    def _save(self, done: int, since: float) -> bool:
+        """Save where it is time, and stop where a signal asked for it, on all ranks alike.
 
-        return resolved_precision(self.job.settings, self.processes) == "bf16"
+        Raises:
+            StopRequested: after saving.
+            UserError: the checkpoint before could not be written.
+        """
+        settings = self.settings
+        late = since > settings.save_every_minutes * 60
+        code, due, failed = self.processes.maxima(
+            self.signals.code, float(late), float(self.resume.failed)
+        )
+        if failed:
+            self.resume.refuse_failure()
+        if done == settings.steps or not (due or code or done % settings.save_every == 0):
+            return False
+        self.alive.note(done, "saving")
+        self.resume.save(self.engine, self.position, self.processes, self.average)
+        if code:
+            self.resume.finish(self.processes)
+            raise StopRequested(int(code), done)
+        return True
+
+    def _look(self, done: int) -> Record:
+        """Measure the model on the quick set where it is time; return the metrics."""
+        job, every = self.job, self.settings.validate_every
+        if every is None or job.validate is None or (done % every and done != self.settings.steps):
+            return {}
+        self.alive.note(done, "validating")
+        self._settle()
+        model = job.student.model if self.average is None else self.average.model
+        # looking must not change what follows: neither generators nor the training mode
+        with torch.random.fork_rng():
+            metrics = job.validate(replace(job.student, model=model))
+        training_mode(job.student.model, self.settings.batchnorm == "frozen")
+        if self.processes.is_main:
+            self.best.offer(job.student, model, done, metrics)
+        return metrics
+
+    def _settle(self) -> None:
+        """Make the BatchNorm statistics of all ranks equal."""
+        average_batchnorm(self.job.student.model, self.processes)
+        if self.average is not None:
+            average_batchnorm(self.average.model, self.processes)
+
+    def choose_weights(self) -> None:
+        """Leave in the student what becomes the arm's checkpoint: last, average or best."""
+        self._settle()
+        if self.average is not None:
+            self.average.give()
+        if self.settings.select == "best":
+            self.processes.barrier()
+            self.best.load_into(self.job.student.model)
+
+    def _batches(self, first: int) -> Iterator[tuple[int, Batch, float]]:
+        """Yield (step, this rank's batch, seconds waited for it) from step `first` on."""
+        job, settings, processes = self.job, self.settings, self.processes
+        assert settings.steps is not None
+        schedule = BatchSchedule(
+            job.shards,
+            settings.batch_size // processes.world_size,
+            processes.rank,
+            processes.world_size,
+            job.seed,
+        )
+        pairs = TrainingPairs(
+            job.shards,
+            job.student.tokenizer(),
+            job.student.image_size,
+            settings.augment,
+            job.seed,
+            settings.cache_decoded,
+            encoded=settings.decode == "device",
+        )
+        loader = training_batches(
+            pairs,
+            schedule,
+            start=first,
+            end=settings.steps,
+            workers=settings.workers,
+            pin=processes.device.type == "cuda",
+        )
+        asked = time.perf_counter()
+        self.alive.note(first, "waiting for data")
+        for step, batch in enumerate(on_device(loader, pairs, processes.device), first):
+            self.alive.note(step, "step")
+            yield step, batch, time.perf_counter() - asked
+            asked = time.perf_counter()
+            self.alive.note(step + 1, "waiting for data")
 
 
-def check_models(job: Job) -> None:
-    """Refuse a teacher that would be trained, or that sees other inputs than the student.
-
-    Raises:
-        UserError: naming the two values that differ.
-    """
+def _place_teacher(job: Job, settings: TrainSettings, processes: Processes) -> None:
     if job.teacher is None:
-        if job.objective.needs_teacher:
-            raise UserError(f"the objective of {job.arm} needs a teacher", where=f"arms.{job.arm}")
         return
-    if job.teacher.model is job.student.model:
-        raise UserError("the teacher is the model being trained", where=f"arms.{job.arm}.teacher")
-    student, teacher = job.student, job.teacher
-    pairs = {
-        "image size": (student.image_size, teacher.image_size),
-        "context length": (student.context_length, teacher.context_length),
-        "vocabulary": tuple(
-            (c.architecture["text_cfg"].get("vocab_size", 49408),
-             c.architecture["text_cfg"].get("hf_tokenizer_name"))
-            for c in (student, teacher)
-        ),
-        "normalisation": tuple(
-            {k: preprocessing(c.architecture)[k] for k in ("mean", "std")}
-            for c in (student, teacher)
-        ),
-    }  # fmt: skip
-    for what, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise UserError(
-                f"student and teacher differ in {what}: {ours} and {theirs}",
-                where=f"arms.{job.arm}",
-                todo="both read the same batch; give them the same input",
-            )
+    job.teacher.model.to(processes.device).eval().requires_grad_(False)
+    if settings.channels_last:
+        job.teacher.model.to(memory_format=torch.channels_last)

@@ -33,11 +33,15 @@ class Processes:
 
     def maximum(self, value: float) -> float:
         """Return on every rank the largest `value` of all ranks."""
+        return self.maxima(value)[0]
+
+    def maxima(self, *values: float) -> list[float]:
+        """Return on every rank the largest of all ranks for each value, in one exchange."""
         if self.world_size == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return float(tensor.item())
+        return [float(value) for value in tensor.tolist()]
 
     def total(self, value: float) -> float:
         """Return on every rank the sum of `value` over all ranks."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +14,11 @@ from torch import Tensor, nn
 from data_prep.errors import UserError
 from pipeline.objectives.features import Features, bounded_scale
 from pipeline.objectives.objective import Objective
+from pipeline.train.normalisation import frozen_statistics, slower_statistics
 from pipeline.train.processes import Processes
+from pipeline.train.taps import Taps
+
+Tensors = dict[str, Tensor]
 
 
 class Trainee(nn.Module):
@@ -22,45 +28,70 @@ class Trainee(nn.Module):
         super().__init__()
         self.student: Any = student  # nn.Module's attributes are untyped: encode_image, logit_scale
         self.objective, self.max_scale = objective, max_scale
+        self.taps: Taps | None = None
 
     def forward(
-        self, images: Tensor, tokens: Tensor, views: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return L2-normalised image [b,D] and text [b,D] features and those of the views."""
+        self, images: Tensor, tokens: Tensor, views: Tensors, targets: Tensors
+    ) -> tuple[Tensor, Tensor, Tensors]:
+        """Return what the objective reads of a batch.
+
+        Args:
+            images: [b,3,S,S].
+            tokens: [b,L].
+            views: further images [b,3,S,S] by name.
+            targets: the teacher's layer outputs [b, ...] by name.
+
+        Returns:
+            L2-normalised image [b,D] and text [b,D] features, and by name those of the views and
+            the rows of the taps.
+        """
         encode = self.student.encode_image
-        image = F.normalize(encode(images).float(), dim=-1)
-        text = F.normalize(self.student.encode_text(tokens).float(), dim=-1)
-        viewed = {k: F.normalize(encode(v).float(), dim=-1) for k, v in views.items()}
-        return image, text, viewed
+        with self.taps or nullcontext():
+            image = F.normalize(encode(images).float(), dim=-1)
+            text = F.normalize(self.student.encode_text(tokens).float(), dim=-1)
+        more = {} if self.taps is None else self.taps.rows(tokens, targets)
+        more |= {k: F.normalize(encode(v).float(), dim=-1) for k, v in views.items()}
+        return image, text, more
 
     def terms(
-        self, image: Tensor, text: Tensor, views: dict[str, Tensor], teacher: Features | None
-    ) -> dict[str, Tensor]:
+        self, image: Tensor, text: Tensor, views: Tensors, teacher: Features | None
+    ) -> Tensors:
         """Return the weighted loss terms of features."""
         scale = bounded_scale(self.student.logit_scale, self.max_scale)
         return self.objective(Features(image, text, scale), teacher, **views)
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher says of a batch: its features, and its layer outputs [b, ...] by name."""
+
+    features: Features | None = None
+    layers: Tensors = field(default_factory=dict)
+
+
 @torch.no_grad()
-def teacher_features(teacher: Any, images: Tensor, tokens: Tensor) -> Features:
-    """Return a frozen teacher's features of a batch."""
-    image = F.normalize(teacher.encode_image(images).float(), dim=-1)
-    text = F.normalize(teacher.encode_text(tokens).float(), dim=-1)
-    return Features(image, text, bounded_scale(teacher.logit_scale, 100.0))
+def lesson(teacher: Any, images: Tensor, tokens: Tensor, taps: Taps) -> Lesson:
+    """Run a frozen teacher on a batch."""
+    with taps:
+        image = F.normalize(teacher.encode_image(images).float(), dim=-1)
+        text = F.normalize(teacher.encode_text(tokens).float(), dim=-1)
+    layers = dict(taps.outputs)
+    taps.clear()
+    return Lesson(Features(image, text, bounded_scale(teacher.logit_scale, 100.0)), layers)
 
 
 def plain_step(
     engine: Any,
     images: Tensor,
     tokens: Tensor,
-    teacher: Features | None,
+    teacher: Lesson,
     generator: torch.Generator,
-) -> dict[str, Tensor]:
+) -> Tensors:
     """Run forward and backward on this rank's whole part of the batch; return the terms."""
     trainee: Trainee = engine.module
     views = trainee.objective.view_images(images, generator)
-    image, text, viewed = engine(images, tokens, views)
-    terms = trainee.terms(image, text, viewed, teacher)
+    image, text, more = engine(images, tokens, views, teacher.layers)
+    terms = trainee.terms(image, text, more, teacher.features)
     engine.backward(torch.stack([t.reshape(()) for t in terms.values()]).sum())
     return {name: term.detach().reshape(()) for name, term in terms.items()}
 
@@ -69,23 +100,23 @@ def cached_step(
     engine: Any,
     images: Tensor,
     tokens: Tensor,
-    teacher: Features | None,
+    teacher: Lesson,
     generator: torch.Generator,
     chunks: int,
-) -> dict[str, Tensor]:
+) -> Tensors:
     """The same update as `plain_step` with the activations of one chunk at a time.
 
     Plain accumulation would see only a chunk's negatives. Here (Gao et al. 2021, GradCache) the
     features of all chunks are computed first without a graph, then the loss of the whole batch
     and its gradient with respect to the features, and then each chunk again, with
-    `sum(features * gradient)` as the loss to propagate. BatchNorm normalises over a chunk, and
-    its running statistics move in the second pass only.
+    `sum(features * gradient)` as the loss to propagate. BatchNorm normalises over a chunk; its
+    running statistics move in the second pass only, by chunks as far as by one batch.
     """
     trainee: Trainee = engine.module
     views = trainee.objective.view_images(images, generator)
-    parts = _chunked(images, tokens, views, chunks)
+    parts = _chunked(images, tokens, views, teacher.layers, chunks)
     states = []
-    with torch.no_grad(), _frozen_statistics(trainee):
+    with torch.no_grad(), frozen_statistics(trainee):
         cached = []
         for part in parts:
             states.append(_rng_state(images.device))
@@ -94,7 +125,7 @@ def cached_step(
     extra = [trainee.student.logit_scale, *trainee.objective.parameters()]
     extra = [p for p in extra if p.requires_grad]
     with torch.enable_grad():
-        terms = trainee.terms(leaves["image"], leaves["text"], _views(leaves), teacher)
+        terms = trainee.terms(leaves["image"], leaves["text"], _views(leaves), teacher.features)
         total = torch.stack([t.reshape(()) for t in terms.values()]).sum()
     inputs = [*leaves.values(), *extra]
     gradients = torch.autograd.grad(total, inputs, allow_unused=True)
@@ -103,11 +134,12 @@ def cached_step(
     offset = 0
     for number, part in enumerate(parts):
         _set_rng_state(states[number], images.device)
-        image, text, viewed = engine(*part)
+        with slower_statistics(trainee, chunks):
+            image, text, more = engine(*part)
         rows = slice(offset, offset + len(image))
         offset += len(image)
         surrogate = torch.zeros((), device=images.device)
-        for name, feature in {"image": image, "text": text, **viewed}.items():
+        for name, feature in {"image": image, "text": text, **more}.items():
             gradient = by_name[name]
             if gradient is not None:
                 surrogate = surrogate + (feature * gradient[rows]).sum()
@@ -123,17 +155,18 @@ def cached_step(
 
 
 def _chunked(
-    images: Tensor, tokens: Tensor, views: dict[str, Tensor], chunks: int
-) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
-    split = {name: view.chunk(chunks) for name, view in views.items()}
+    images: Tensor, tokens: Tensor, views: Tensors, targets: Tensors, chunks: int
+) -> list[tuple[Tensor, Tensor, Tensors, Tensors]]:
+    def piece(tensors: Tensors, number: int) -> Tensors:
+        return {name: tensor.chunk(chunks)[number] for name, tensor in tensors.items()}
+
     pairs = zip(images.chunk(chunks), tokens.chunk(chunks), strict=True)
     return [
-        (image, text, {name: parts[i] for name, parts in split.items()})
-        for i, (image, text) in enumerate(pairs)
+        (image, text, piece(views, i), piece(targets, i)) for i, (image, text) in enumerate(pairs)
     ]
 
 
-def _leaves(cached: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> dict[str, Tensor]:
+def _leaves(cached: Sequence[tuple[Tensor, Tensor, Tensors]]) -> Tensors:
     leaves = {
         "image": torch.cat([c[0] for c in cached]),
         "text": torch.cat([c[1] for c in cached]),
@@ -143,31 +176,8 @@ def _leaves(cached: Sequence[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> dict[
     return {name: tensor.detach().requires_grad_() for name, tensor in leaves.items()}
 
 
-def _views(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def _views(leaves: Tensors) -> Tensors:
     return {name: tensor for name, tensor in leaves.items() if name not in ("image", "text")}
-
-
-class _frozen_statistics:  # noqa: N801 - reads as a context manager
-    """Keep BatchNorm's running statistics where they are, while it normalises by the batch."""
-
-    def __init__(self, module: nn.Module) -> None:
-        kind = nn.modules.batchnorm._BatchNorm
-        self.norms = [m for m in module.modules() if isinstance(m, kind)]
-
-    def __enter__(self) -> None:
-        self.tracking = [norm.track_running_stats for norm in self.norms]
-        self.buffers = [(n.running_mean, n.running_var) for n in self.norms]
-        for norm in self.norms:
-            if norm.training:
-                norm.track_running_stats = False
-                norm.running_mean = norm.running_var = None
-
-    def __exit__(self, *_: object) -> None:
-        for norm, tracking, (mean, var) in zip(
-            self.norms, self.tracking, self.buffers, strict=True
-        ):
-            norm.track_running_stats = tracking
-            norm.running_mean, norm.running_var = mean, var
 
 
 def _rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_prep.scenes import ScenesConfig, build_scenes
 from tests.conftest import REPOSITORY
 
 
@@ -82,6 +83,15 @@ def tiny_experiment() -> dict[str, Any]:
             "examples": 2,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with 96 training scenes of 32 pixels in three shards."""
+    folder = tmp_path_factory.mktemp("scenes")
+    config = ScenesConfig(image_size=32, train=96, val=8, test=8, zero_shot=8, samples_per_shard=40)
+    build_scenes(config, folder)
+    return folder
 
 
 @pytest.fixture

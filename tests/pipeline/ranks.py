@@ -2,37 +2,39 @@
 
     python -m tests.pipeline.ranks OUT key=value ...
 
-Keys: steps, batch, accumulate, zero, workers, pause (seconds per step), norm (keep BatchNorm in
-training mode or not), poison (step whose images become NaN).
+Keys: those of TrainSettings; data; objective; inherit (an inherited student with three heads);
+dropout; pause (seconds per step); poison (step whose images become NaN); hang (step in which rank 1
+waits for ever); full (step from which the disk is full).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import yaml
 from safetensors.torch import save_file
 
 from data_prep.reader import ShardSet
+from pipeline.inherit import inherit
 from pipeline.models import Clip, build
+from pipeline.objectives import ObjectiveConfig
 from pipeline.objectives.objective import build as build_objective
-from pipeline.train import loop
-from pipeline.train.loop import Job, train
+from pipeline.tracking import Record
+from pipeline.train.job import Job
+from pipeline.train.liveness import LostRank
+from pipeline.train.loader import Batch
+from pipeline.train.loop import train
 from pipeline.train.processes import join
 from pipeline.train.settings import TrainSettings
 from pipeline.train.signals import StopRequested
+from pipeline.train.update import Updater
 from tests.pipeline.conftest import tiny_model
-
-
-def freeze_batchnorm(model: torch.nn.Module) -> None:
-    """Make BatchNorm a fixed map, so that equality of batches is exact and not statistical."""
-    for norm in model.modules():
-        if isinstance(norm, torch.nn.BatchNorm2d):
-            norm.eval()
-            norm.train = lambda mode=True, norm=norm: norm  # type: ignore[method-assign]
 
 
 def main() -> int:
@@ -41,31 +43,30 @@ def main() -> int:
     processes = join("cpu", timeout_minutes=float(options.get("timeout", 2)))
     architecture = tiny_model()
     student = Clip(build(architecture, seed=7), architecture)
-    if options.get("norm") == "frozen":
-        freeze_batchnorm(student.model)
-    settings = TrainSettings(
-        steps=int(options.get("steps", 20)),
-        batch_size=int(options.get("batch", 16)),
-        accumulate=int(options.get("accumulate", 1)),
-        zero_stage=int(options.get("zero", 0)),  # type: ignore[arg-type]
-        workers=int(options.get("workers", 0)),
-        save_every=int(options.get("save_every", 1000)),
-        log_every=1,
-        lr=1e-3,
-        warmup=2,
-    )
+    if "inherit" in options:
+        student.model, plan = inherit(student.model, "weights=0.5", None, 3, "svd")
+        student.structure = plan.structure
+    if "dropout" in options:
+        student.model.visual.register_forward_hook(
+            lambda module, _, output: F.dropout(output, float(options["dropout"]), module.training)
+        )
+    known = {key: yaml.safe_load(options[key]) for key in TrainSettings.model_fields
+             if key in options}  # fmt: skip
+    known = {"steps": 20, "batch_size": 16, "save_every": 1000, "warmup": 2, **known}
+    settings = TrainSettings(log_every=1, **known)
     teacher = None
-    if options.get("objective", "task") == "clip_kd":
+    wanted = yaml.safe_load(options.get("objective", "task"))
+    if ObjectiveConfig.model_validate(wanted).needs_teacher:
         teacher = Clip(build(architecture, seed=8), architecture)
-    objective = build_objective(options.get("objective", "task"), 32, 32 if teacher else None)
-    if "pause" in options or "poison" in options:
-        _disturb(float(options.get("pause", 0)), int(options.get("poison", -1)))
+    objective = build_objective(wanted, 32, 32 if teacher else None)
+    _disturb(options, processes.rank)
     shards = ShardSet.find(options["data"], "scenes-train-*.tar")
     job = Job("tiny", student, teacher, objective, shards, settings, 3, out, "same",
               lambda text: print(text, flush=True) if processes.is_main else None)  # fmt: skip
     try:
         train(job, processes)
-    except StopRequested as stop:
+    except (StopRequested, LostRank) as stop:
+        print(stop, file=sys.stderr, flush=True)
         return stop.code
     state = {k: v.contiguous() for k, v in student.model.state_dict().items()}
     state |= {f"objective.{k}": v for k, v in objective.state_dict().items()}
@@ -77,17 +78,28 @@ def main() -> int:
     return 0
 
 
-def _disturb(pause: float, poison: int) -> None:
-    original = loop._Updater.__call__
+def _disturb(options: dict[str, str], rank: int) -> None:
+    """Make the things happen that a test asks for."""
+    pause, poison = float(options.get("pause", 0)), int(options.get("poison", -1))
+    hang, full = int(options.get("hang", -1)), int(options.get("full", -1))
+    original, save = Updater.__call__, torch.save
 
-    def disturbed(self: loop._Updater, step: int, batch: loop.Batch) -> loop.Record:
+    def disturbed(self: Updater, step: int, batch: Batch) -> Record:
         time.sleep(pause)
+        if step == hang and rank == 1:
+            time.sleep(1000)
+        if step == full:
+            torch.save = full_disk  # type: ignore[assignment]
         if step == poison:
             normalise = self.normalise
             self.normalise = lambda images: normalise(images) * float("nan")  # type: ignore
         return original(self, step, batch)
 
-    loop._Updater.__call__ = disturbed  # type: ignore[method-assign]
+    def full_disk(content: object, path: Path) -> None:
+        save("the first bytes", path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Updater.__call__ = disturbed  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

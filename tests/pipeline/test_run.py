@@ -126,7 +126,7 @@ def test_interrupted_in_training_the_same_command_ends_with_the_same_weights(
     output = child.communicate(timeout=300)[0].decode()
     assert child.returncode == (130 if number == signal.SIGINT else 75), output
     assert "Traceback" not in output
-    assert list((copy / "arms/inherited/resume").glob("step-*/state.json"))
+    assert list((copy / "arms/inherited/resume").glob("*/step-*/state.json"))
     done = inherclip("run", config, "--out", copy)
     assert "resuming after step" in done.stdout
     assert weights(copy) == weights(run)
@@ -160,7 +160,7 @@ def test_two_local_processes_save_on_a_signal_and_the_same_command_goes_on(
     child.send_signal(signal.SIGTERM)
     output = child.communicate(timeout=300)[0].decode()
     assert child.returncode == 75, output
-    assert list((copy / "arms/student/resume").glob("step-*/state.json"))
+    assert list((copy / "arms/student/resume").glob("*/step-*/state.json"))
     done = inherclip("run", config, "--out", copy, *longer, "--only", "student")
     assert "student: trained 300 steps" in done.stdout + output
     description = json.loads((copy / "arms/student/checkpoint/model.json").read_text())

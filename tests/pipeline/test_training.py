@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from data_prep.files import sha256_file
 from data_prep.scenes import ScenesConfig, build_scenes
-from pipeline.train.loop import learning_rate_factor
 from pipeline.train.settings import TrainSettings
+from pipeline.train.update import learning_rate_factor
 from tests.conftest import REPOSITORY
 
 
@@ -65,13 +65,13 @@ def losses(out: Path) -> torch.Tensor:
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one_process(data: Path, tmp_path: Path) -> None:
     """BatchNorm is frozen: a rank normalises by its own rows, which is another model."""
-    common = {"norm": "frozen", "objective": "clip_kd"}
+    common = {"batchnorm": "frozen", "objective": "clip_kd"}
     run(tmp_path / "one", data, **common)
     reference = losses(tmp_path / "one")
     assert reference[-1] < reference[0]
     for stage in (0, 1, 2):
         out = tmp_path / f"two-{stage}"
-        run(out, data, 2, zero=stage, **common)
+        run(out, data, 2, zero_stage=stage, **common)
         assert (losses(out) - reference).abs().max() < 1e-4 * reference.abs().max()
 
 
@@ -80,7 +80,7 @@ def test_two_ranks_take_the_same_steps_as_one_process(data: Path, tmp_path: Path
 def test_chunks_take_the_same_steps_as_the_whole_batch(
     data: Path, tmp_path: Path, ranks: int
 ) -> None:
-    common = {"norm": "frozen", "objective": "clip_kd", "steps": 10}
+    common = {"batchnorm": "frozen", "objective": "clip_kd", "steps": 10}
     run(tmp_path / "whole", data, ranks, **common)
     run(tmp_path / "chunks", data, ranks, accumulate=4, **common)
     whole, chunks = losses(tmp_path / "whole"), losses(tmp_path / "chunks")
@@ -152,7 +152,7 @@ def test_usr1_saves_once_and_the_next_start_ends_with_the_same_weights(
     os.kill(int(ranks[1]), signal.SIGUSR1)  # one rank is told; all agree
     child.communicate(timeout=300)
     assert child.returncode != 0
-    saved = list((out / "resume").glob("step-*/state.json"))
+    saved = list((out / "resume/same").glob("step-*/state.json"))
     assert len(saved) == 1
     run(out, data, 2, **common)
     for rank in (0, 1):
@@ -168,12 +168,12 @@ def test_a_damaged_or_torn_checkpoint_is_passed_over_for_the_one_before(
     run(tmp_path / "whole", data, **options)
     out = tmp_path / "torn"
     child = start(out, data, pause=0.05, **options)
-    while not (out / "resume/step-00000020/state.json").is_file():
+    while not (out / "resume/same/step-00000020/state.json").is_file():
         assert child.poll() is None
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
-    model = next((out / "resume/step-00000020").glob("*model_states.pt"))
+    model = next((out / "resume/same/step-00000020").glob("*model_states.pt"))
     model.write_bytes(model.read_bytes()[:-10])
     output = run(out, data, **options)
     assert "step-00000020 is damaged" in output
@@ -190,7 +190,7 @@ def test_a_nan_batch_stops_before_the_update_and_names_step_and_samples(
     assert "step 4: loss or gradient is not finite" in output
     assert "samples: " in output
     assert "Traceback" not in output
-    assert "step-00000002" in {p.name for p in (tmp_path / "resume").iterdir()}
+    assert "step-00000002" in {p.name for p in (tmp_path / "resume/same").iterdir()}
 
 
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
