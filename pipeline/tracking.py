@@ -118,7 +118,7 @@ def _absent(package: str, error: ImportError) -> UserError:
     return UserError(
         f"{package} is asked for and not installed ({error})",
         where="train.trackers",
-        todo="install the extra `logging`, or take it out of the list",
+        todo=f"pip install inherclip[{package}], or take it out of the list",
     )
 
 

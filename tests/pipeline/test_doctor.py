@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
-from pipeline import doctor, machine
+from pipeline import doctor, machine, packages
 
 GB = 1 << 30
 
@@ -35,7 +35,7 @@ def only(findings: Any) -> doctor.Finding:
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     versions: dict[str, str] = {}
-    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(packages, "version", versions.get)
     return versions
 
 
@@ -102,8 +102,8 @@ def test_exit_code_and_both_layouts(
 
 
 def test_python_out_of_range_is_fatal() -> None:
-    assert doctor.check_python(">=3.11").status == "OK"
-    finding = doctor.check_python(">=3.99")
+    assert packages.check_python(">=3.11").status == "OK"
+    finding = packages.check_python(">=3.99")
     assert finding.fatal
     assert "Python >=3.99" in finding.remedy
 
@@ -124,9 +124,9 @@ def test_packages_against_range_and_tested_version(
     if version:
         installed["Some.Thing"] = version
     write(tmp_path, {"constraints.txt": "# pins\n\nsome-thing==1.2.3  # why\nother==4; extra\n"})
-    tested = doctor.read_constraints(tmp_path)
+    tested = packages.read_constraints(tmp_path)
     assert tested == {"some-thing": "1.2.3", "other": "4"}
-    finding = only(doctor.check_packages([Requirement("Some.Thing>=1,<2")], tested))
+    finding = only(packages.check_packages([Requirement("Some.Thing>=1,<2")], tested))
     assert finding.status == status
     assert finding.fatal == (status == "missing")
     if remedy:
@@ -136,8 +136,8 @@ def test_packages_against_range_and_tested_version(
 def test_without_constraints_the_ranges_still_count(
     installed: dict[str, str], tmp_path: Path
 ) -> None:
-    assert doctor.read_constraints(tmp_path) is None
-    first, second = doctor.check_packages([Requirement("thing>=1")], None)
+    assert packages.read_constraints(tmp_path) is None
+    first, second = packages.check_packages([Requirement("thing>=1")], None)
     assert (first.name, first.status) == ("constraints.txt", "warning")
     assert second.remedy == 'pip install "thing>=1"'
 
@@ -159,8 +159,8 @@ def test_torch_and_torchvision_must_be_a_pair(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     installed |= {"torch": torch, "torchvision": torchvision}
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["numpy", "torch>=2.14"])
-    finding = doctor.check_torchvision_fits()
+    monkeypatch.setattr(packages.metadata, "requires", lambda name: ["numpy", "torch>=2.14"])
+    finding = packages.check_torchvision_fits()
     assert (finding is None) == fits
     assert finding is None or (finding.fatal and "one command" in finding.remedy)
 
@@ -172,19 +172,19 @@ def test_extras_are_optional(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     extras = {"wandb": [Requirement("wandb>=0.17")]}
-    absent = only(doctor.check_extras(extras))
+    absent = only(packages.check_extras(extras))
     assert (absent.status, absent.fatal) == ("missing", False)
     assert absent.remedy == 'pip install "wandb>=0.17"'
     installed["wandb"] = "0.20"
-    assert "WANDB_MODE=offline" in only(doctor.check_extras(extras)).remedy
+    assert "WANDB_MODE=offline" in only(packages.check_extras(extras)).remedy
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert only(doctor.check_extras(extras)).status == "OK"
+    assert only(packages.check_extras(extras)).status == "OK"
 
 
 def test_ranges_come_from_pyproject_or_from_the_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project = doctor.wanted()
+    project = packages.wanted()
     assert "torch" in {package.name for package in project.packages}
     assert {"wandb", "tensorboard", "export"} <= project.extras.keys()
 
@@ -193,9 +193,9 @@ def test_ranges_come_from_pyproject_or_from_the_installed_package(
             return ["wandb"]
 
     lines = ["torch>=2.8", 'wandb>=0.17; extra == "wandb"', 'pywin32; sys_platform == "never"']
-    monkeypatch.setattr(doctor.metadata, "metadata", lambda n: About({"Requires-Python": ">=3"}))
-    monkeypatch.setattr(doctor.metadata, "requires", lambda n: lines)
-    bare = doctor.wanted(tmp_path)
+    monkeypatch.setattr(packages.metadata, "metadata", lambda n: About({"Requires-Python": ">=3"}))
+    monkeypatch.setattr(packages.metadata, "requires", lambda n: lines)
+    bare = packages.wanted(tmp_path)
     assert [package.name for package in bare.packages] == ["torch"]
     assert [package.name for package in bare.extras["wandb"]] == ["wandb"]
 
