@@ -141,7 +141,7 @@ def _add_evaluate(commands: Any) -> None:
         help="any checkpoint on any suite",
         description="Measure checkpoints (ours, open_clip's, CLIP-KD's) on a suite.",
         epilog="example: inherclip evaluate RN101-quickgelu:openai runs/demo/arms/*/checkpoint "
-        "--suite configs/suites/flickr8k.yaml --out results",
+        "--suite configs/demo.yaml --root runs/demo/data --out results",
     )
     parser.add_argument("checkpoints", nargs="+", help="folders, or ARCHITECTURE:TAG|FILE")
     parser.add_argument("--suite", type=Path, required=True, help="YAML: a suite, or an experiment")

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -15,6 +16,12 @@ from data_prep.errors import UserError
 from data_prep.files import atomic_write
 from eval.suite import Suite
 from pipeline.config import read_yaml, validate
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.suite import Evaluation
+    from pipeline.models import Clip
 
 
 def read_suite(path: Path, root: Path | None) -> Suite:
@@ -40,11 +47,37 @@ def read_suite(path: Path, root: Path | None) -> Suite:
     return suite
 
 
+def measure(clip: Clip, suite: Suite, device: torch.device) -> Evaluation:
+    """Measure one model on all sets of a suite.
+
+    Args:
+        clip: moved to `device`.
+        suite: whose sets all have a root.
+        device: where to run.
+
+    Raises:
+        UserError: a set is unusable.
+    """
+    from eval.suite import evaluate_all
+
+    return evaluate_all(
+        clip.model.to(device),
+        clip.transform(),
+        clip.tokenizer(),
+        suite.sets,
+        batch_size=suite.batch_size,
+        device=device,
+        workers=suite.workers,
+        efficiency=suite.efficiency,
+        latency_batch=suite.latency_batch,
+        threads=suite.threads,
+    )
+
+
 def run_evaluate(args: argparse.Namespace) -> int:
     """Measure each checkpoint on the suite; one `eval.json` each, and one table of all."""
     from eval.compare import write_comparison
     from eval.results import write_result
-    from eval.suite import evaluate_all
     from pipeline.teachers import load_teacher
     from pipeline.train.processes import choose_device
 
@@ -59,18 +92,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
             say.print(f"{arm}: measured already (--overwrite measures again)", highlight=False)
             continue
         clip = load_teacher(spec)
-        result = evaluate_all(
-            clip.model.to(device),
-            clip.transform(),
-            clip.tokenizer(),
-            suite.sets,
-            batch_size=suite.batch_size,
-            device=device,
-            workers=suite.workers,
-            efficiency=suite.efficiency,
-            latency_batch=suite.latency_batch,
-            threads=suite.threads,
-        )
+        result = measure(clip, suite, device)
         result.write_queries(folder / "queries.npz")
         write_result(
             folder / "eval.json",

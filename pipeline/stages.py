@@ -307,22 +307,11 @@ def _evaluate(place: Workplace, name: str, arm: Arm) -> None:
 def _measure(place: Workplace, name: str, clip: Clip, *, before: bool = False) -> None:
     from eval.examples import write_examples
     from eval.results import write_result
-    from eval.suite import evaluate_all
+    from pipeline.evaluate import measure
 
     settings = suite(place)
     device = choose_device(place.experiment.device)
-    result = evaluate_all(
-        clip.model.to(device),
-        clip.transform(),
-        clip.tokenizer(),
-        settings.sets,
-        batch_size=settings.batch_size,
-        device=device,
-        workers=settings.workers,
-        efficiency=settings.efficiency,
-        latency_batch=settings.latency_batch,
-        threads=settings.threads,
-    )
+    result = measure(clip, settings, device)
     folder = place.folder(name)
     stage = "before_training" if before else "final"
     if not before:
