@@ -19,6 +19,7 @@ from data_prep.scenes import ScenesConfig
 from eval.suite import Suite
 from pipeline.config import Strict, apply_overrides, read_yaml, validate
 from pipeline.inherit.factorize import Arm as Initialisation
+from pipeline.inherit.groups import parse_groups
 from pipeline.models import read_architecture
 from pipeline.objectives import ObjectiveConfig
 from pipeline.train.settings import TrainSettings, overlaid
@@ -96,7 +97,11 @@ class InheritedArm(Strict):
 
     kind: Literal["inherited"]
     teacher: str = "teacher"
-    budget: str = Field("params=0.4", description="params=, macs=, latency= or fidelity= share")
+    budget: str | dict[str, str] = Field(
+        "params=0.4",
+        description="params=, weights=, macs=, latency= or fidelity= share; or globs on layer "
+        "names, each with its own",
+    )
     heads: Annotated[int, Field(ge=1, le=16)] | Literal["auto"] = Field(
         3, description="up projections per layer; auto chooses 1 or 3 for each"
     )
@@ -108,16 +113,21 @@ class InheritedArm(Strict):
 
     @field_validator("budget")
     @classmethod
-    def _budget(cls, budget: str) -> str:
-        match = re.fullmatch(r"(params|macs|latency|fidelity)=([0-9.eE+-]+)", budget)
+    def _budget(cls, budget: str | dict[str, str]) -> str | dict[str, str]:
+        for text in [budget] if isinstance(budget, str) else budget.values():
+            match = re.fullmatch(r"(params|weights|macs|latency|fidelity)=([0-9.eE+-]+)", text)
+            try:
+                share = float(match[2]) if match else None
+            except ValueError:
+                share = None
+            if match is None or share is None:
+                raise ValueError("a budget reads params=0.4 (or weights=, macs=, ...)")
+            if not 0 < share <= 1:
+                raise ValueError(f"the share must be above 0 and at most 1, not {share:g}")
         try:
-            share = float(match[2]) if match else None
-        except ValueError:
-            share = None
-        if match is None or share is None:
-            raise ValueError("a budget reads params=0.4 (or macs=, latency=, fidelity=)")
-        if not 0 < share <= 1:
-            raise ValueError(f"the share must be above 0 and at most 1, not {share:g}")
+            parse_groups(budget)
+        except UserError as error:
+            raise ValueError(f"{error.what}; {error.todo}") from error
         return budget
 
 

@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from data_prep.errors import UserError
 from pipeline.inherit.budget import SOLVERS, Choice, Offer, Option, fraction_choice, make_offer
 from pipeline.inherit.factorize import Decomposition
 from pipeline.inherit.sites import Site
 
-UNITS = ("params", "weights", "macs", "latency", "fidelity", "rank")
 EVENNESS = 3.0
 WIDE = 256  # layers at least this wide get ranks that are multiples of 8
 
@@ -29,26 +27,6 @@ class Shape:
     symmetric: bool
     multiple: int | None
     most_heads: int = 3
-
-
-def parse_budget(text: str) -> tuple[str, float]:
-    """Split `params=0.4` into its unit and its share.
-
-    Raises:
-        UserError: unknown unit, or a share that is not in (0, 1].
-    """
-    unit, _, value = text.partition("=")
-    try:
-        share = float(value)
-    except ValueError:
-        share = -1.0
-    if unit not in UNITS or not 0.0 < share <= 1.0:
-        raise UserError(
-            f"{text!r} is not a budget",
-            where="budget",
-            todo=f"write UNIT=SHARE, UNIT one of {', '.join(UNITS)}, SHARE above 0 and at most 1",
-        )
-    return unit, share
 
 
 def tail_energies(parts: Decomposition) -> list[float]:
@@ -199,14 +177,12 @@ def structure_entry(site: Site, option: Option, shape: Shape, mode: str) -> dict
 
 
 __all__ = [
-    "UNITS",
     "Shape",
     "allowance",
     "choose",
     "heads_for",
     "interpolate",
     "make_offers",
-    "parse_budget",
     "structure_entry",
     "tail_energies",
 ]

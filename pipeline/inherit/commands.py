@@ -26,9 +26,10 @@ def add_inherit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("teacher", help="checkpoint folder, ARCHITECTURE:TAG or ARCHITECTURE:FILE")
     parser.add_argument(
         "--budget",
-        default="params=0.4",
-        metavar="UNIT=SHARE",
-        help="params, weights, macs, latency or fidelity (a cosine); default %(default)s",
+        action="append",
+        metavar="[GLOB:]UNIT=SHARE",
+        help="params, weights, macs, latency or fidelity (a cosine), default params=0.4; repeat it "
+        "with globs to give groups of layers their own share, as in visual.*:params=0.6",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="checkpoint folder to write")
     parser.add_argument("--plan", action="store_true", help="print the plan, write no weights")
@@ -83,7 +84,7 @@ def run_inherit(args: argparse.Namespace) -> int:
     batches = _calibration(args, teacher)
     model, plan = inherit(
         teacher.model,
-        budget=args.budget,
+        budget=args.budget or "params=0.4",
         calibration=batches,
         heads=args.heads,
         arm=args.arm or _default_arm(args, teacher),
@@ -100,7 +101,7 @@ def run_inherit(args: argparse.Namespace) -> int:
         return 0
     from pipeline.models import Clip, save_checkpoint
 
-    made = {"teacher": args.teacher, "teacher_sha256": teacher.sha256, "budget": args.budget}
+    made = {"teacher": args.teacher, "teacher_sha256": teacher.sha256, "budget": plan.budget}
     made |= {"init": plan.arm, "heads": args.heads, "seed": args.seed}
     made |= {"calibration": args.calibration, "pairs": args.pairs if args.calibration else 0}
     save_checkpoint(Clip(model.cpu(), teacher.architecture, plan.structure, made), args.out)

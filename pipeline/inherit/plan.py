@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pipeline.inherit.groups import describe, owner
 from pipeline.inherit.sites import unsupported_modules
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Plan:
     Attributes:
         arm: initialisation arm.
         budget: the budget as asked.
-        unit: what the budget counts.
+        unit: what the budget counts; of several groups, what the first one's does.
         total_before: parameters of the teacher, everything counted.
         total_after: parameters of the inherited model.
         towers: per tower the parameters before and after.
@@ -120,6 +121,12 @@ class Plan:
             lines.append(
                 f"{tower}: {counts['before']:,} -> {counts['after']:,} parameters ({share:.3f})"
             )
+        for part in self.notes.get("groups", []):
+            share = part["after"] / max(part["before"], 1)
+            lines.append(
+                f"budget {part['group']}: {part['before']:,} -> {part['after']:,} parameters "
+                f"({share:.4f})"
+            )
         share = self.total_after / max(self.total_before, 1)
         lines.append(
             f"total: {self.total_before:,} -> {self.total_after:,} parameters ({share:.4f})"
@@ -160,15 +167,13 @@ def tower_of(name: str, clip: bool) -> str:
     return "visual" if name.startswith("visual.") else "text"
 
 
-def make_plan(model: nn.Module, job: Job, choice: Choice, budget: str, unit: str) -> Plan:
+def make_plan(model: nn.Module, job: Job, choice: Choice) -> Plan:
     """Put the decisions into a plan, with totals per tower.
 
     Args:
         model: the teacher.
         job: the inheritance: sites, decompositions, arm.
         choice: the option of every considered layer.
-        budget: as asked.
-        unit: what it counts.
     """
     clip = hasattr(model, "encode_text")
     towers: dict[str, dict[str, int]] = {}
@@ -186,10 +191,12 @@ def make_plan(model: nn.Module, job: Job, choice: Choice, budget: str, unit: str
             {"name": name, "type": kind, "params": count, "reason": "no inherited layer: dense"}
             for name, kind, count in skipped
         ]
+    if len(job.groups) > 1:
+        notes["groups"] = _group_totals(job, layers)
     return Plan(
         arm=job.arm,
-        budget=budget,
-        unit=unit,
+        budget=describe(job.groups),
+        unit=job.groups[0].unit,
         total_before=sum(counts["before"] for counts in towers.values()),
         total_after=sum(counts["after"] for counts in towers.values()),
         macs_before=_sum(layer.macs_before for layer in layers),
@@ -199,6 +206,17 @@ def make_plan(model: nn.Module, job: Job, choice: Choice, budget: str, unit: str
         structure=[],
         notes=notes,
     )
+
+
+def _group_totals(job: Job, layers: list[LayerPlan]) -> list[dict[str, Any]]:
+    """Return per group of the budget its parameters before and after."""
+    totals = []
+    for group in job.groups:
+        before = job.group_parameters(group)
+        own = [layer for layer in layers if owner(f"{layer.name}.weight", job.groups) is group]
+        after = before + sum(layer.params_after - layer.params_before for layer in own)
+        totals.append({"group": str(group), "before": before, "after": after})
+    return totals
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

@@ -21,12 +21,11 @@ from pipeline.inherit.allocate import (
     balance_losses,
     choose,
     make_offers,
-    parse_budget,
     structure_entry,
     tail_energies,
 )
 from pipeline.inherit.attention import expose_module
-from pipeline.inherit.budget import SOLVERS, Choice, Offer
+from pipeline.inherit.budget import SOLVERS, Choice
 from pipeline.inherit.cache import fingerprint, load_moments, store_moments
 from pipeline.inherit.calibrate import Forward, as_batches, collect, reestimate_batchnorm
 from pipeline.inherit.factorize import (
@@ -38,6 +37,7 @@ from pipeline.inherit.factorize import (
     factors,
     fill_layer,
 )
+from pipeline.inherit.groups import Budget, Group, describe, owner, parse_groups
 from pipeline.inherit.layers import GateMode, build_layer
 from pipeline.inherit.plan import Plan, make_plan
 from pipeline.inherit.search import solve_fidelity, solve_latency
@@ -69,11 +69,21 @@ class Job:
     moments: dict[str, Moments] = field(default_factory=dict)
     parts: dict[str, Decomposition] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
 
     @property
     def parameters(self) -> int:
         """Parameters of the teacher."""
         return sum(p.numel() for p in self.teacher.parameters())
+
+    def group_of(self, site: Site) -> Group | None:
+        """Return the part of the budget that a layer falls under, if any."""
+        return owner(f"{site.name}.weight", self.groups)
+
+    def group_parameters(self, group: Group) -> int:
+        """Parameters of the teacher that belong to a group."""
+        named = self.new.named_parameters()
+        return sum(p.numel() for name, p in named if owner(name, self.groups) is group)
 
     def data(self) -> list[Any]:
         """Return the calibration batches of a job that needs them."""
@@ -83,7 +93,7 @@ class Job:
 
 def inherit(
     model: nn.Module,
-    budget: str = "params=0.4",
+    budget: Budget = "params=0.4",
     calibration: Any = None,
     heads: int | str = 3,
     arm: str = "activation",
@@ -107,6 +117,9 @@ def inherit(
         budget: UNIT=SHARE of the teacher: `params`, `weights` (only of the layers considered),
             `macs`, `latency` (of the first calibration batch on this machine), `rank` (one fraction
             for all layers, none stays dense), or `fidelity`, the cosine the embeddings must keep.
+            Groups of layers may have their own: {"visual.*": "params=0.6", "*": "params=0.4"};
+            the first shell glob that matches a layer's name counts, and its share is one of that
+            group's part of the teacher. A layer that no glob matches stays dense.
         calibration: a batch, an iterable of batches, or None. A CLIP's batch is a pair
             (images [B,3,S,S], tokens [B,L]).
         heads: heads per inherited layer; 1 has no gate; "auto" chooses 1 or 3 per layer.
@@ -127,13 +140,15 @@ def inherit(
     Raises:
         UserError: unusable budget, arm, weights, patterns or calibration data.
     """
-    unit, share = parse_budget(budget)
+    groups = parse_groups(budget)
     allocator = allocator or ("fraction" if arm in WEIGHT_ONLY else "balanced")
     count = _check(arm, heads, allocator)
     batches = None if calibration is None else as_batches(calibration)
-    if batches is None and (arm not in WEIGHT_ONLY or unit in DATA_UNITS):
+    if batches is None and (
+        arm not in WEIGHT_ONLY or any(group.unit in DATA_UNITS for group in groups)
+    ):
         raise UserError(
-            f"the arm {arm!r} with a budget in {unit} needs calibration data",
+            f"the arm {arm!r} with the budget {describe(groups)} needs calibration data",
             where="calibration",
             todo="give calibration batches; the arm 'svd' with params needs the weights alone",
         )
@@ -144,9 +159,11 @@ def inherit(
         Shape(count, arm != "no_gate", arm == "symmetric", multiple), gate, seed, allocator,
         shrinkage, Settings(seed=seed, **(refit or {})),
     )  # fmt: skip
+    job.groups = groups
+    _claim(job)
     _analyse(job, None if cache is None else Path(cache))
-    choice = _solve(job, unit, share)
-    plan = make_plan(model, job, choice, budget, unit)
+    choice = _solve(job)
+    plan = make_plan(model, job, choice)
     made = build_all(job, choice)
     for name, layer in made.layers.items():
         set_module(new, name, layer)
@@ -207,17 +224,39 @@ def _analyse(job: Job, cache: Path | None) -> None:
         job.losses = balance_losses(job.sites, job.losses)
 
 
-def _offers(job: Job, unit: str, timings: Any = None) -> list[Offer]:
-    return make_offers(job.sites, job.losses, unit, job.shape, timings)
+def _claim(job: Job) -> None:
+    """Leave layers dense that no group's glob matches.
+
+    Raises:
+        UserError: a group without any layer to inherit.
+    """
+    for site in job.sites:
+        if job.group_of(site) is None:
+            site.blocked = site.blocked or "no group of the budget matches its name"
+    for group in job.groups:
+        if not any(job.group_of(s) is group and not s.blocked for s in job.sites):
+            raise UserError(
+                "no layer is left to inherit in this group",
+                where=f"budget {group}",
+                todo="globs are matched in order on full module names such as 'visual.layer3.*'",
+            )
 
 
-def _solve(job: Job, unit: str, share: float) -> Choice:
+def _solve(job: Job) -> Choice:
     """Choose the ranks for a budget in any unit."""
+    unit, share = job.groups[0].unit, job.groups[0].share
     if unit == "latency":
         return solve_latency(job, share)
     if unit == "fidelity":
         return solve_fidelity(job, share, build_all)
-    return choose(_offers(job, unit), job.sites, job.parameters, unit, share, job.allocator)
+    choice: Choice = {}
+    for group in job.groups:
+        sites = [site for site in job.sites if job.group_of(site) is group]
+        offers = make_offers(sites, job.losses, group.unit, job.shape)
+        choice |= choose(
+            offers, sites, job.group_parameters(group), group.unit, group.share, job.allocator
+        )
+    return choice
 
 
 @dataclass
@@ -282,8 +321,11 @@ def _refits_dense(site: Site, choice: Choice) -> bool:
 @torch.no_grad()
 def _dense(site: Site, pair: tuple[Tensor, Tensor]) -> nn.Module:
     """Return a copy of a dense layer with another weight."""
+    forward = site.module.__dict__.pop("forward", None)  # that of the pass that is fitting it
     layer = copy.deepcopy(site.module)
-    layer._forward_hooks.clear()  # those of the pass that is fitting it
+    if forward is not None:
+        site.module.forward = forward
+    layer._forward_hooks.clear()
     weight = layer.weight
     assert isinstance(weight, Tensor)
     weight.copy_((pair[0] @ pair[1]).reshape(weight.shape))

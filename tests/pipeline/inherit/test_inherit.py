@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +260,42 @@ def test_sequence_gates_ignore_padding_and_survive_copies(teacher: nn.Module) ->
     expected = outputs(new, (images, tokens))
     for model in (new, copy.deepcopy(new), fresh):
         torch.testing.assert_close(outputs(model, (images, longer)), expected)
+
+
+def test_groups_of_layers_have_their_own_budgets(teacher: nn.Module) -> None:
+    batch = pairs(RESNET)
+    shares = {"visual.*": "params=0.6", "*": "params=0.4"}
+    new, plan = inherit(teacher, shares, batch, 1)
+    for tower, share in (("visual", 0.6), ("text", 0.4)):
+        counts = plan.towers[tower]
+        assert share - 0.01 <= counts["after"] / counts["before"] <= share
+    assert [part["group"] for part in plan.notes["groups"]] == ["visual.*:params=0.6", "params=0.4"]
+    assert plan.notes["groups"][0]["after"] == plan.towers["visual"]["after"]
+    assert "budget visual.*:params=0.6: " in plan.table()
+    again, _ = inherit(teacher, ["visual.*:params=0.6", "params=0.4"], batch, 1)
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), again.parameters(), strict=True))
+    # the first glob that matches counts; what none matches stays dense
+    first = {"visual.layer3.*": "weights=0.7", "visual.*": "macs=0.5"}
+    _, plan = inherit(teacher, first, batch, 1)
+    for layer in plan.layers:
+        if not layer.name.startswith("visual."):
+            assert layer.rank is None
+            assert "no group" in layer.reason
+    own = [x for x in plan.layers if x.name.startswith("visual.layer3.")]
+    kept = sum(layer.params_after for layer in own) / sum(layer.params_before for layer in own)
+    assert 0.69 <= kept <= 0.7
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"visual.*": "latency=0.5", "*": "params=0.4"}, "latency belongs to a whole model"),
+        (["*:params=0.5", "params=0.4"], "exactly one share"),
+        ({}, "exactly one share"),
+        ({"visual.*": "params=2"}, "is not a budget"),
+        ({"*": "params=0.5", "visual.*": "params=0.6"}, r"visual.*no layer is left"),
+    ],
+)
+def test_wrong_budgets_of_groups_are_refused(teacher: nn.Module, budget: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        inherit(teacher, budget, pairs(RESNET), 1)
