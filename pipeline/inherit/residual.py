@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,6 +26,7 @@ ADDITIONS = {
     Tensor.__radd__,
     Tensor.__iadd__,
 }
+RECTIFIERS = {torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu}
 
 
 @dataclass
@@ -34,25 +36,31 @@ class Behind:
     Attributes:
         scale: the modules between the layer and the sum (or only its BatchNorm), by name.
         partner: ("input" | "output", module) whose tensor is the other operand of the sum.
+        rectified: whether a ReLU follows directly.
     """
 
     scale: list[str]
     partner: tuple[str, str] | None = None
+    rectified: bool = False
 
 
 class _Watch(TorchFunctionMode):
-    """Record the operands of every addition of two equally shaped tensors."""
+    """Record every addition of two equally shaped tensors, and what a ReLU reads."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sums: list[tuple[Tensor, Tensor]] = []
+        self.sums: list[tuple[Tensor, Tensor, Tensor]] = []  # both operands and the result
+        self.rectified: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         if func in ADDITIONS and len(args) >= 2:
             a, b = args[0], args[1]
             if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape:
-                self.sums.append((a, b))
-        return func(*args, **(kwargs or {}))
+                self.sums.append((a, b, result))
+        elif func in RECTIFIERS and args:
+            self.rectified.append(args[0])
+        return result
 
 
 def is_affine(module: nn.Module) -> bool:
@@ -107,20 +115,19 @@ def look_behind(
 
     handles = [m.register_forward_hook(watch(n, m)) for n, m in model.named_modules() if n]
     try:
-        with _Watch() as sums:
+        with _Watch() as seen_calls:
             run()
     finally:
         for handle in handles:
             handle.remove()
-    return _assemble(model, wanted, produced, seen, sums.sums)
+    return _assemble(wanted, produced, seen, seen_calls)
 
 
 def _assemble(
-    model: nn.Module,
     wanted: set[str],
     produced: dict[int, tuple[str, int | None]],
     seen: dict[int, tuple[str, str]],
-    sums: list[tuple[Tensor, Tensor]],
+    calls: _Watch,
 ) -> dict[str, Behind]:
     """Walk back from every affine module and every sum to the site it comes from."""
 
@@ -136,13 +143,14 @@ def _assemble(
         return None, []
 
     found: dict[str, Behind] = {}
+    rectified = {id(tensor) for tensor in calls.rectified}
     for tensor in produced:
         site, chain = origin(tensor)
         if site is not None and len(chain) >= len(found.get(site, Behind([])).scale):
-            found[site] = Behind(chain)
-    for a, b in sums:
+            found[site] = Behind(chain, None, tensor in rectified)
+    for a, b, result in calls.sums:
         for branch, other in ((a, b), (b, a)):
             site, chain = origin(id(branch))
             if site is not None and id(other) in seen and found[site].partner is None:
-                found[site] = Behind(chain, seen[id(other)])
+                found[site] = Behind(chain, seen[id(other)], id(result) in rectified)
     return found

@@ -52,7 +52,8 @@ class Settings:
     shift: bool = True
     dense: bool = False
     weighted: bool = True
-    strength: float = 1.0
+    coherence: float = 0.0
+    steps: int = 0
     floor: float = 0.1
     seed: int = 0
 
@@ -69,122 +70,163 @@ class Fit:
 
 
 @dataclass
-class _Sums:
-    """Sums over rows, per group, float64."""
+class _Rows:
+    """Sampled positions of one layer, single precision, per group.
 
-    n: float
+    Attributes:
+        x: the descendant's inputs [G, n, I].
+        y: the wanted outputs [G, n, O].
+        z: the teacher's values in front of the ReLU that follows [G, n, O], or None.
+        slope: what one unit of output adds in front of that ReLU [G, O].
+        per_sample: rows of each sample, which follow one another; 0 where that is not so.
+    """
+
     x: Tensor
     y: Tensor
-    xx: Tensor
-    yx: Tensor
-    yy: Tensor
-    start_x: Tensor
-    start_y: Tensor
+    z: Tensor | None
+    slope: Tensor
+    per_sample: int
 
 
-def _sample(site: Site, x: Tensor, y: Tensor, mask: Tensor | None, settings: Settings) -> _Sums:
-    """Accumulate the sums from the descendant's input and the target output of a layer."""
+def _picker(site: Site, y: Tensor, mask: Tensor | None, settings: Settings) -> _Picker:
+    """Choose which positions of a layer's output `y` enter the regression."""
     generator = torch.Generator().manual_seed(settings.seed)
-    total: _Sums | None = None
     if site.kind == "conv":
-        conv = site.module
-        assert isinstance(conv, nn.Conv2d)
         spots = y.shape[-1] * y.shape[-2]
-        keep = max(1, min(spots, round(settings.rows / x.shape[0])))
-        chosen = torch.rand(x.shape[0], spots, generator=generator).topk(keep, dim=1).indices
-        chunk = max(1, int(1e7 // (site.groups * site.width_in * keep)))
-        for part in torch.arange(x.shape[0]).split(chunk):
-            where = chosen[part].to(x.device)
-            rows = patches_at(x[part], conv, where, y.shape[-1])
-            target = y[part].flatten(2).gather(2, where[:, None].expand(-1, y.shape[1], -1))
-            target = target.unflatten(1, (site.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-            total = _add(total, rows, target)
-    else:
-        rows, target = token_rows(x, mask), token_rows(y, mask)
-        if rows.shape[0] > settings.rows:
-            index = torch.randperm(rows.shape[0], generator=generator)[: settings.rows]
-            rows, target = rows[index.to(x.device)], target[index.to(x.device)]
-        total = _add(None, rows.unsqueeze(0), target.unsqueeze(0))
-    assert total is not None
-    return total
+        keep = max(1, min(spots, round(settings.rows / y.shape[0])))
+        where = torch.rand(y.shape[0], spots, generator=generator).topk(keep, dim=1).indices
+        return _Picker(site, None, where.to(y.device), keep)
+    count = token_rows(y, mask).shape[0]
+    index = None
+    if count > settings.rows:
+        index = torch.randperm(count, generator=generator)[: settings.rows].to(y.device)
+    whole = mask is None and index is None
+    return _Picker(site, mask, index, count // y.shape[0] if whole else 0)
 
 
-def _add(total: _Sums | None, rows: Tensor, target: Tensor) -> _Sums:
-    """Add rows [G, n, I] and targets [G, n, O]; both are taken relative to the first rows' mean.
+@dataclass
+class _Picker:
+    """The same positions of several tensors of one layer.
 
-    The products are single precision; without the common offset a large mean would drown the
-    variance.
+    Attributes:
+        site: the layer.
+        mask: valid tokens, of a linear layer.
+        where: positions [B, n] of each image, or rows [n] of a linear layer; None for all rows.
+        per_sample: rows of each sample, 0 where they are not whole and in order.
     """
-    rows, target = rows.float(), target.float()
-    if total is None:
-        start = (rows.mean(dim=1), target.mean(dim=1))
-    else:
-        start = (total.start_x, total.start_y)
-    rows, target = rows - start[0][:, None], target - start[1][:, None]
-    new = _Sums(
-        float(rows.shape[1]),
-        rows.sum(dim=1).double(),
-        target.sum(dim=1).double(),
-        torch.bmm(rows.mT, rows).double(),
-        torch.bmm(target.mT, rows).double(),
-        torch.bmm(target.mT, target).double(),
-        *start,
-    )
-    if total is None:
-        return new
-    total.n += new.n
-    for name in ("x", "y", "xx", "yx", "yy"):
-        getattr(total, name).add_(getattr(new, name))
-    return total
+
+    site: Site
+    mask: Tensor | None
+    where: Tensor | None
+    per_sample: int
+
+    def outputs(self, values: Tensor) -> Tensor:
+        """Return rows [G, n, O] of a tensor laid out as the layer's output."""
+        if self.site.kind == "conv":
+            assert self.where is not None
+            index = self.where[:, None].expand(-1, values.shape[1], -1)
+            rows = values.flatten(2).gather(2, index).unflatten(1, (self.site.groups, -1))
+            return rows.permute(1, 0, 3, 2).flatten(1, 2).float()
+        rows = token_rows(values, self.mask)
+        return (rows if self.where is None else rows[self.where]).float().unsqueeze(0)
+
+    def inputs(self, x: Tensor, width: int) -> Tensor:
+        """Return the rows [G, n, I] of the layer's input behind them; `width` of the output."""
+        if self.site.kind != "conv":
+            return self.outputs(x)
+        conv = self.site.module
+        assert isinstance(conv, nn.Conv2d)
+        assert self.where is not None
+        return patches_at(x, conv, self.where, width).float()
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return a[:, :, None] * b[:, None, :]
-
-
-def reduced_rank(
-    weight: Tensor, sums: _Sums, rank: int, root: Tensor, settings: Settings, *, shift: bool
-) -> Fit:
-    """Solve the reduced-rank ridge regression towards `weight` [G, O, I], float64.
+class Regression:
+    """Reduced-rank ridge regression of one layer's rows towards `weight` [G, O, I], float64.
 
     Args:
         weight: the teacher's weight.
-        sums: sums over the rows.
+        rows: sampled rows.
         rank: rank of the result.
         root: [G, O, O] symmetric root of the weight of output errors.
-        settings: ridge.
+        settings: ridge, coherence, steps.
         shift: whether a constant may be added to the output.
     """
-    n = sums.n
-    x, y = sums.x / n, sums.y / n
-    xx = sums.xx / n - _outer(x, x)
-    yx = sums.yx / n - _outer(y, x)
-    yy = sums.yy / n - _outer(y, y)
-    x, y = x + sums.start_x.double(), y + sums.start_y.double()
-    if not shift:
-        xx, yx, yy = xx + _outer(x, x), yx + _outer(y, x), yy + _outer(y, y)
-    diagonal = xx.diagonal(dim1=1, dim2=2).mean(dim=1)
-    # the second term covers rounding where the input hardly varies
-    power = settings.ridge * diagonal + 1e-7 * x.square().mean(dim=1) + 1e-12
-    eye = torch.eye(xx.shape[-1], dtype=xx.dtype, device=xx.device)
-    ridge = power[:, None, None] * eye
-    residual = yx - weight @ xx
-    factor = torch.linalg.cholesky(xx + ridge)
-    full = weight + settings.strength * torch.cholesky_solve(residual.mT, factor).mT
-    weighted = root @ full
-    gram = weighted @ (xx + ridge) @ weighted.mT
-    energies, left = torch.linalg.eigh((gram + gram.mT) / 2)
-    energies, left = energies.flip(-1).clamp_min(0), left.flip(-1)[:, :, :rank]
-    up = torch.linalg.solve(root, left)
-    down = left.mT @ weighted
-    up, down = balance(up, down, energies[:, :rank].sqrt())
-    new = up @ down
-    error = yy - 2 * new @ yx.mT + new @ xx @ new.mT
-    error, yy = root @ error @ root, root @ yy @ root
-    trace = yy.diagonal(dim1=1, dim2=2).sum().clamp_min(1e-30)
-    relative = error.diagonal(dim1=1, dim2=2).sum() / trace
-    offset = (y - (new @ x[:, :, None])[:, :, 0]).flatten() if shift else None
-    return Fit(up, down, offset, float(relative), energies[0])
+
+    def __init__(
+        self,
+        weight: Tensor,
+        rows: _Rows,
+        rank: int,
+        root: Tensor,
+        settings: Settings,
+        *,
+        shift: bool,
+    ) -> None:
+        self.weight, self.rows, self.rank, self.root = weight, rows, rank, root
+        self.settings, self.shift = settings, shift
+        # single-precision products: without the offset a large mean would drown the variance
+        self.start = rows.x.mean(dim=1, keepdim=True)
+        self.x = rows.x - self.start if shift else rows.x
+        self.xx = self._product(self.x, self.x)
+        diagonal = self.xx.diagonal(dim1=1, dim2=2).mean(dim=1)
+        # the second term covers rounding where the input hardly varies
+        floor = 1e-7 * self.start.double().square().mean(dim=(1, 2)) + 1e-12
+        power = settings.ridge * diagonal + floor
+        eye = torch.eye(self.xx.shape[-1], dtype=torch.float64, device=self.xx.device)
+        self.metric = self.xx + power[:, None, None] * eye
+        self.factor = torch.linalg.cholesky(self.metric)
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the mean of `a b^T` over rows, per-sample means counting more [G, ., .]."""
+        total = torch.zeros(a.shape[0], a.shape[2], b.shape[2], dtype=torch.float64)
+        total = total.to(a.device)
+        for some, other in zip(a.split(8192, dim=1), b.split(8192, dim=1), strict=True):
+            total += torch.bmm(some.mT, other).double()
+        size = self.rows.per_sample
+        if self.settings.coherence and size > 1:
+            means = [v.unflatten(1, (-1, size)).mean(dim=2) for v in (a, b)]
+            total += self.settings.coherence * size**2 * torch.bmm(means[0].mT, means[1]).double()
+        return total / a.shape[1]
+
+    def solve(self) -> Fit:
+        """Fit, then with a ReLU behind the layer fit again to what passes it."""
+        y = self.rows.y
+        fit = self._fit(y)
+        if self.rows.z is None:
+            return fit
+        slope, z = self.rows.slope[:, None], self.rows.z
+        for _ in range(self.settings.steps):
+            new = (fit.up @ fit.down).float()
+            made = torch.bmm(self.x, new.mT) + self.center[:, None].float()
+            made = z + slope * (made - self.rows.y)
+            wanted = torch.where(z > 0, z, made.clamp_max(0))
+            fit = self._fit(self.rows.y + (wanted - z) / slope)
+        return fit
+
+    def _fit(self, target: Tensor) -> Fit:
+        middle = target.mean(dim=1, keepdim=True)
+        y = target - middle if self.shift else target
+        yx, yy = self._product(y, self.x), self._product(y, y)
+        residual = yx - self.weight @ self.xx
+        full = self.weight + torch.cholesky_solve(residual.mT, self.factor).mT
+        weighted = self.root @ full
+        gram = weighted @ self.metric @ weighted.mT
+        energies, left = torch.linalg.eigh((gram + gram.mT) / 2)
+        energies, left = energies.flip(-1).clamp_min(0), left.flip(-1)[:, :, : self.rank]
+        up = torch.linalg.solve(self.root, left)
+        down = left.mT @ weighted
+        up, down = balance(up, down, energies[:, : self.rank].sqrt())
+        new = up @ down
+        error = yy - 2 * new @ yx.mT + new @ self.xx @ new.mT
+        error, yy = self.root @ error @ self.root, self.root @ yy @ self.root
+        trace = yy.diagonal(dim1=1, dim2=2).sum().clamp_min(1e-30)
+        relative = error.diagonal(dim1=1, dim2=2).sum() / trace
+        offset = None
+        self.center = torch.zeros_like(middle[:, 0]).double()
+        if self.shift:
+            self.center = middle[:, 0].double()
+            offset = (self.center - (new @ self.start.double().mT)[:, :, 0]).flatten()
+        return Fit(up, down, offset, float(relative), energies[0])
 
 
 class Refit:
@@ -212,6 +254,7 @@ class Refit:
         self.shifts: dict[str, Tensor] = {}
         self.caught: dict[tuple[str, str], Tensor] = {}
         self.handles: list[Any] = []
+        self.replaced: list[nn.Module] = []
 
     def __enter__(self) -> Refit:
         partners = {b.partner for n, b in self.behind.items() if n in self.ranks and b.partner}
@@ -221,17 +264,23 @@ class Refit:
             if ("output", name) in partners:
                 self.handles.append(module.register_forward_hook(self._catch_output(name)))
         for name in self.ranks:
-            module = self.sites[name].module
-            self.handles.append(module.register_forward_hook(self._fit(name), prepend=True))
+            self._replace(name, self._fit(name))
         for name, layer in self.given.items():
-            module = self.sites[name].module
-            self.handles.append(module.register_forward_hook(self._use(layer), prepend=True))
+            self._replace(name, self._use(name, layer))
         return self
+
+    def _replace(self, name: str, forward: Callable[[Tensor], Tensor]) -> None:
+        """Let a module compute both halves by `forward` until the pass is over."""
+        module = self.sites[name].module
+        module.forward = forward  # an attribute of this instance; the class keeps its own
+        self.replaced.append(module)
 
     def __exit__(self, *_: object) -> None:
         self.caught.clear()
         for handle in self.handles:
             handle.remove()
+        for module in self.replaced:
+            del module.forward
 
     def _catch_input(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -251,60 +300,77 @@ class Refit:
             scale = scale * channel_scale(self.model.get_submodule(step), width, scale)
         return scale
 
-    def _use(self, layer: nn.Module) -> Callable[..., Tensor]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            half = args[0].shape[0] // 2
-            return torch.cat([output[:half], layer(args[0][half:])])
+    def _use(self, name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        module = self.sites[name].module
 
-        return hook
-
-    def _fit(self, name: str) -> Callable[..., Tensor]:
-        site = self.sites[name]
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = args[0]
+        def forward(x: Tensor) -> Tensor:
             half = x.shape[0] // 2
+            return torch.cat([type(module).forward(module, x[:half]), layer(x[half:])])
+
+        return forward
+
+    def _fit(self, name: str) -> Callable[[Tensor], Tensor]:
+        site = self.sites[name]
+        module = site.module
+
+        def forward(x: Tensor) -> Tensor:
+            half = x.shape[0] // 2
+            output = type(module).forward(module, x[:half])
             if name not in self.layers:
-                self._solve(site, x[half:], output[:half])
+                self._solve(site, x[half:], output)
             student = self.layers[name](x[half:])
             if name in self.shifts:
                 shift = self.shifts[name].to(student.dtype)
-                student = student + (shift[:, None, None] if site.kind == "conv" else shift)
-            return torch.cat([output[:half], student])
+                student += shift[:, None, None] if site.kind == "conv" else shift
+            return torch.cat([output, student])
 
-        return hook
+        return forward
 
     def _solve(self, site: Site, x: Tensor, y: Tensor) -> None:
+        """Fit one layer from the descendant's input `x` and the teacher's output `y`."""
         name, settings = site.name, self.settings
-        width = site.groups * site.width_out
-        scale = self._scales(name, width, y)
+        scale = self._scales(name, site.groups * site.width_out, y)
         behind = self.behind.get(name, Behind([]))
         least = 1e-3 * scale.abs().max()
         # channels that do not count (a BatchNorm weight near zero) keep a small weight
         safe = (
             torch.where(scale.abs() < least, least, scale) if least > 0 else torch.ones_like(scale)
         )
-        target = y
+        slope = safe.float().view(site.groups, 1, -1)
+        mask = self.mask.current
+        pick = _picker(site, y, None if mask is None else mask[: mask.shape[0] // 2], settings)
+        target, before = pick.outputs(y), None
+        if settings.steps and behind.rectified:
+            before = slope * target + self._offset(name, y).view(site.groups, 1, -1)
         bias = getattr(site.module, "bias", None)
         if bias is not None:
-            target = target - (bias[:, None, None] if site.kind == "conv" else bias)
-        if settings.compensate and behind.partner in self.caught:
+            target = target - bias.float().view(site.groups, 1, -1)
+        if behind.partner in self.caught:
             other = self.caught[behind.partner]
-            gap = other[: other.shape[0] // 2] - other[other.shape[0] // 2 :]
-            factor = safe.to(y.dtype)
-            target = target + gap / (factor[:, None, None] if site.kind == "conv" else factor)
-        mask = self.mask.current
-        mask = None if mask is None else mask[: mask.shape[0] // 2]
+            teachers = pick.outputs(other[: other.shape[0] // 2])
+            before = None if before is None else before + teachers
+            if settings.compensate:
+                target = target + (teachers - pick.outputs(other[other.shape[0] // 2 :])) / slope
+        elif behind.partner:
+            before = None
+        rows = _Rows(pick.inputs(x, y.shape[-1]), target, before, slope[:, 0], pick.per_sample)
         can_shift = settings.shift and (bias is not None or self._norm(name) is not None)
-        sums = _sample(site, x, target, mask, settings)
-        fit = reduced_rank(
-            site.matrix(), sums, self.ranks[name],
+        fit = Regression(
+            site.matrix(), rows, self.ranks[name],
             self._root(site, safe.abs()), settings, shift=can_shift,
-        )  # fmt: skip
+        ).solve()  # fmt: skip
         self.fits[name] = fit
         self.layers[name] = self.build(site, fit)
         if fit.shift is not None:
             self.shifts[name] = fit.shift
+
+    def _offset(self, name: str, y: Tensor) -> Tensor:
+        """Return what the affine modules behind a layer add to each channel [O]."""
+        value = torch.zeros_like(y[:1])
+        for step in self.behind[name].scale:
+            # not called as modules: the hooks are for the pass itself
+            value = self.model.get_submodule(step).forward(value)
+        return value[0, :, 0, 0] if value.ndim == 4 else value.reshape(-1, value.shape[-1])[0]
 
     def _root(self, site: Site, scale: Tensor) -> Tensor:
         """Return the root of the output weight: sensitivity, else the BatchNorm's scale."""
