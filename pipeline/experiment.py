@@ -20,7 +20,7 @@ from eval.suite import Suite
 from pipeline.config import Strict, apply_overrides, read_yaml, validate
 from pipeline.inherit.factorize import Arm as Initialisation
 from pipeline.inherit.groups import parse_groups
-from pipeline.models import read_architecture
+from pipeline.models import input_difference, read_architecture
 from pipeline.objectives import ObjectiveConfig
 from pipeline.train.settings import TrainSettings, overlaid
 
@@ -225,11 +225,28 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
                 ) from error
             content["arms"] = {**content["arms"], name: {**arm, "model": architecture}}
     experiment = validate(Experiment, content, str(path), tags=ARM_KINDS)
+    _refuse_other_inputs(experiment, str(path))
     experiment = _with_absolute_json(experiment, path.parent)
     data = experiment.data
     if data.root is not None:
         data = data.model_copy(update={"root": data.root.expanduser().resolve()})
     return experiment.model_copy(update={"data": data})
+
+
+def _refuse_other_inputs(experiment: Experiment, where: str) -> None:
+    """Refuse a student that reads other input than its teacher, before either is trained."""
+    for name, arm in experiment.arms.items():
+        teacher = experiment.arms.get(str(getattr(arm, "teacher", None)))
+        if not isinstance(arm, ScratchArm) or not isinstance(teacher, ScratchArm):
+            continue  # a pretrained teacher's architecture is known when it is loaded
+        if isinstance(arm.model, dict) and isinstance(teacher.model, dict):
+            difference = input_difference(arm.model, teacher.model)
+            if difference:
+                raise UserError(
+                    f"student and teacher differ in {difference}",
+                    where=f"{where}: arms.{name}",
+                    todo="both read the same batch; give them the same input",
+                )
 
 
 def _with_absolute_json(experiment: Experiment, beside: Path) -> Experiment:

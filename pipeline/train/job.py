@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.reader import ShardSet
-from pipeline.models import Clip, preprocessing
+from pipeline.models import Clip, input_difference
 from pipeline.objectives.objective import Objective
 from pipeline.train.best import Validate
 from pipeline.train.settings import TrainSettings
@@ -55,26 +55,18 @@ def check_models(job: Job) -> None:
         if job.objective.needs_teacher:
             raise UserError(f"the objective of {job.arm} needs a teacher", where=f"arms.{job.arm}")
         return
-    if job.teacher.model is job.student.model:
-        raise UserError("the teacher is the model being trained", where=f"arms.{job.arm}.teacher")
     student, teacher = job.student, job.teacher
-    pairs = {
-        "image size": (student.image_size, teacher.image_size),
-        "context length": (student.context_length, teacher.context_length),
-        "vocabulary": tuple(
-            (c.architecture["text_cfg"].get("vocab_size", 49408),
-             c.architecture["text_cfg"].get("hf_tokenizer_name"))
-            for c in (student, teacher)
-        ),
-        "normalisation": tuple(
-            {k: preprocessing(c.architecture)[k] for k in ("mean", "std")}
-            for c in (student, teacher)
-        ),
-    }  # fmt: skip
-    for what, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise UserError(
-                f"student and teacher differ in {what}: {ours} and {theirs}",
-                where=f"arms.{job.arm}",
-                todo="both read the same batch; give them the same input",
-            )
+    own = {id(parameter) for parameter in student.model.parameters()}
+    if any(id(parameter) in own for parameter in teacher.model.parameters()):
+        raise UserError(
+            "the teacher is the model being trained, or shares parameters with it",
+            where=f"arms.{job.arm}.teacher",
+            todo="load the teacher from a checkpoint of its own",
+        )
+    difference = input_difference(student.architecture, teacher.architecture)
+    if difference:
+        raise UserError(
+            f"student and teacher differ in {difference}",
+            where=f"arms.{job.arm}",
+            todo="both read the same batch; give them the same input",
+        )

@@ -255,6 +255,9 @@ def training_batches(
         prefetch_factor=4 if workers else None,
         persistent_workers=False,
         worker_init_fn=_one_thread if workers else None,
+        # an iterator draws a seed when it starts; from the global generator, a resumed training
+        # would draw once more than an undisturbed one
+        generator=torch.Generator(),
     )
 
 

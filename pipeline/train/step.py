@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -192,12 +193,20 @@ def _set_rng_state(state: tuple[Tensor, Tensor | None], device: torch.device) ->
         torch.cuda.set_rng_state(state[1], device)
 
 
-def gradient_norm(engine: Any) -> float | None:
-    """Return the global gradient norm before clipping; None where ZeRO keeps the parts apart."""
-    if engine.zero_optimization_stage() > 0:
+def gradient_norm(engine: Any, processes: Processes) -> float | None:
+    """Return the global gradient norm before clipping, on all ranks.
+
+    At ZeRO stage 1 and 2 every rank holds a part of the averaged gradients. None where the
+    optimizer is offloaded: DeepSpeed has then moved them out of reach.
+    """
+    if engine.zero_optimization_stage() == 0:
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+    parts = getattr(engine.optimizer, "averaged_gradients", {}).values()
+    own = [gradient for part in parts if part is not None for gradient in part]
+    if processes.any(not own):
         return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    return math.sqrt(processes.total(float(torch.nn.utils.get_total_norm(own)) ** 2))
 
 
 def refuse_non_finite(

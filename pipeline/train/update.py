@@ -95,7 +95,7 @@ class Updater:
         means = self.processes.mean(torch.stack(list(terms.values()))).tolist()
         values = {f"loss/{name}": value for name, value in zip(terms, means, strict=True)}
         values["loss"] = math.fsum(values.values())
-        norm = gradient_norm(self.engine)
+        norm = gradient_norm(self.engine, self.processes)
         finite = values if norm is None else {**values, "gradient norm": norm}
         refuse_non_finite(finite, step + 1, batch.keys, self.processes)
         self.engine.step()

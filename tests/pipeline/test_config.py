@@ -142,3 +142,33 @@ def test_the_resolved_configuration_means_the_same(
 )
 def test_every_shipped_configuration_is_valid(path: Path) -> None:
     load_experiment(path)
+
+
+def test_a_student_that_reads_other_input_than_its_teacher_is_refused_before_anything_runs(
+    tiny: Callable[..., Path],
+) -> None:
+    def shorter(content: dict[str, Any]) -> None:
+        content["arms"]["student_clipkd"]["model"]["text_cfg"]["context_length"] = 16
+
+    with pytest.raises(UserError, match="differ in context length: 16 and 24") as fault:
+        load_experiment(tiny(shorter))
+    assert "arms.student_clipkd" in str(fault.value)
+
+
+def test_a_length_of_an_arm_replaces_the_shared_one_in_another_unit(
+    tiny: Callable[..., Path],
+) -> None:
+    def epochs(content: dict[str, Any]) -> None:
+        content["arms"]["student"]["train"] = {"epochs": 2}
+
+    arms = load_experiment(tiny(epochs)).arms
+    assert (arms["student"].train.steps, arms["student"].train.epochs) == (None, 2)
+    assert arms["teacher"].train.steps == 60
+
+
+def test_looks_during_training_need_a_set_to_look_at(tiny: Callable[..., Path]) -> None:
+    def looks(content: dict[str, Any]) -> None:
+        content["train"]["validate_every"] = 20
+
+    with pytest.raises(UserError, match=r"give eval\.quick"):
+        load_experiment(tiny(looks))

@@ -20,6 +20,7 @@ from pipeline.models import (
     build_tokenizer,
     load_checkpoint,
     parameters,
+    preprocessing,
     save_checkpoint,
 )
 from pipeline.teachers import load_teacher
@@ -245,3 +246,11 @@ def test_a_named_seed_gives_the_same_weights_and_leaves_the_generator_alone() ->
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(outputs(one.eval()), outputs(two.eval()))
     assert one.logit_scale.shape == (1,)
+
+
+def test_the_default_normalisation_is_open_clips() -> None:
+    import open_clip
+
+    shape = preprocessing({})
+    assert shape["mean"] == open_clip.OPENAI_DATASET_MEAN
+    assert shape["std"] == open_clip.OPENAI_DATASET_STD

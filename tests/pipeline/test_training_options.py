@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import torch
 from torch import nn
 
 from data_prep.errors import UserError
-from data_prep.reader import ShardSet
+from data_prep.reader import BatchSchedule, ShardSet
 from pipeline.inherit import inherit
 from pipeline.models import Clip, build, load_checkpoint
-from pipeline.objectives import ObjectiveConfig
 from pipeline.objectives.objective import build as build_objective
 from pipeline.train.average import WeightAverage
 from pipeline.train.best import score
@@ -27,25 +25,9 @@ from pipeline.train.loop import train
 from pipeline.train.normalisation import batchnorms, statistics
 from pipeline.train.processes import join
 from pipeline.train.settings import TrainSettings
+from tests.conftest import REPOSITORY
 from tests.pipeline.conftest import tiny_model
-
-
-@dataclass
-class Trained:
-    before: dict[str, torch.Tensor]
-    student: Clip
-    lines: list[dict[str, Any]]
-    said: list[str]
-    folder: Path
-
-    @property
-    def losses(self) -> torch.Tensor:
-        return torch.tensor([line["loss"] for line in self.lines])
-
-    def moved(self) -> set[str]:
-        after = self.student.model.state_dict()
-        return {name for name, value in self.before.items() if not torch.equal(value, after[name])}
-
+from tests.pipeline.in_process import Trained, train_here
 
 Run = Callable[..., Trained]
 
@@ -54,36 +36,9 @@ Run = Callable[..., Trained]
 def run(scenes: Path, tmp_path: Path) -> Run:
     counter = iter(range(100))
 
-    def start(
-        objective: Any = "task",
-        student: nn.Module | None = None,
-        validate: Any = None,
-        shards: Path = scenes,
-        folder: Path | None = None,
-        **settings: Any,
-    ) -> Trained:
-        torch.set_num_threads(1)
-        architecture = tiny_model()
-        model = student or build(architecture, seed=7)
-        clip = Clip(model, architecture)
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        teacher = None
-        if ObjectiveConfig.model_validate(objective).needs_teacher:
-            teacher = Clip(build(architecture, seed=8), architecture)
-        known: dict[str, Any] = {"batch_size": 16, "log_every": 1, **settings}
-        if not {"epochs", "samples"} & set(settings):
-            known = {"steps": 4, **known}
-        said: list[str] = []
+    def start(objective: Any = "task", folder: Path | None = None, **settings: Any) -> Trained:
         folder = folder or tmp_path / f"run-{next(counter)}"
-        job = Job(
-            "tiny", clip, teacher, build_objective(objective, 32, 32 if teacher else None),
-            ShardSet.find(shards, "scenes-train-*.tar"), TrainSettings(**known), 3, folder, "same",
-            said.append, validate,
-        )  # fmt: skip
-        train(job, join("cpu"))
-        log = folder / "train.jsonl"
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        return Trained(before, clip, lines, said, folder)
+        return train_here(folder, scenes, objective, **settings)
 
     return start
 
@@ -169,6 +124,15 @@ def test_what_a_deepspeed_json_adds_reaches_the_engine(run: Run, tmp_path: Path)
     path.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000},
                                 "train_batch_size": "auto"}))  # fmt: skip
     assert len(run(deepspeed=path, zero_stage=1).lines) == 4
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs/deepspeed").glob("*.json")), ids=lambda p: p.stem
+)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_shipped_deepspeed_jsons_train(run: Run, path: Path, stage: int) -> None:
+    plain, other = run(), run(deepspeed=path, zero_stage=stage)
+    torch.testing.assert_close(other.losses, plain.losses, rtol=1e-5, atol=1e-5)
 
 
 def inherited() -> nn.Module:
@@ -359,3 +323,56 @@ def test_bf16_autocast_trains_and_keeps_single_precision_weights(run: Run) -> No
     assert done.losses[-1] < done.losses[0]
     assert {p.dtype for p in done.student.model.parameters()} == {torch.float32}
     assert {n.running_mean.dtype for n in batchnorms(done.student.model)} == {torch.float32}
+
+
+def pair(change: Callable[[dict[str, Any]], None] | None = None) -> tuple[Clip, Clip]:
+    """Return a student and a teacher whose architectures differ by `change`."""
+    ours, theirs = tiny_model(), tiny_model()
+    if change:
+        change(theirs)
+    return Clip(build(ours, seed=7), ours), Clip(build(theirs, seed=8), theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a["vision_cfg"].update(image_size=64), "differ in image size: 32 and 64"),
+        (lambda a: a["text_cfg"].update(context_length=16), "differ in context length: 24 and 16"),
+        (lambda a: a["text_cfg"].update(vocab_size=512), "differ in vocabulary"),
+        (lambda a: a.update(preprocess={"mean": [0.5] * 3}), "differ in normalisation"),
+    ],
+)
+def test_a_teacher_that_reads_other_input_is_refused(
+    scenes: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    student, teacher = pair(change)
+    with pytest.raises(UserError, match=message) as fault:
+        train(distilling(student, teacher, scenes, tmp_path), join("cpu"))
+    assert "give them the same input" in str(fault.value)
+
+
+def distilling(student: Clip, teacher: Clip | None, shards: Path, folder: Path) -> Job:
+    return Job(
+        "tiny", student, teacher, build_objective("clip_kd", 32, 32),
+        ShardSet.find(shards, "scenes-train-*.tar"), TrainSettings(steps=2, batch_size=16), 3,
+        folder, "same", lambda _: None,
+    )  # fmt: skip
+
+
+def test_a_teacher_inside_the_optimizer_is_refused(scenes: Path, tmp_path: Path) -> None:
+    student, _ = pair()
+    job = distilling(student, Clip(student.model, student.architecture), scenes, tmp_path)
+    with pytest.raises(UserError, match="the teacher is the model being trained"):
+        train(job, join("cpu"))
+    with pytest.raises(UserError, match="needs a teacher"):
+        train(distilling(student, None, scenes, tmp_path), join("cpu"))
+
+
+def test_fewer_shards_than_ranks_are_enough(scenes: Path) -> None:
+    """Samples are dealt out, not shards: one shard feeds four ranks with equal, disjoint parts."""
+    one = ShardSet.find(scenes, "scenes-train-000000.tar")
+    parts = [next(BatchSchedule(one, 4, rank, 4, 3).batches(0)) for rank in range(4)]
+    together = [int(index) for part in parts for index in part]
+    assert len(set(together)) == 16
+    with pytest.raises(UserError, match="batch"):
+        next(BatchSchedule(one, 64, 0, 4, 3).batches(0))

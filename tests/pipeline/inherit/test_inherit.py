@@ -124,11 +124,13 @@ def test_gates_learn_only_where_the_heads_differ(teacher: nn.Module, arm: str, m
 
 
 @pytest.mark.parametrize("unit", ["params", "weights", "macs"])
-@pytest.mark.parametrize("allocator", ["fraction", "energy", "sensitivity"])
+@pytest.mark.parametrize("allocator", ["fraction", "energy", "sensitivity", "balanced"])
 def test_budgets_of_models_hold(teacher: nn.Module, unit: str, allocator: str) -> None:
     batch = pairs(RESNET)
     for share, heads in ((0.35, 1), (0.6, 3), (0.5, "auto")):
-        _, plan = inherit(teacher, f"{unit}={share}", batch, heads, allocator=allocator)
+        _, plan = inherit(
+            teacher, f"{unit}={share}", batch, heads, "activation", allocator=allocator
+        )
         if unit == "params":
             achieved = plan.total_after / plan.total_before
         elif unit == "macs":
@@ -138,6 +140,15 @@ def test_budgets_of_models_hold(teacher: nn.Module, unit: str, allocator: str) -
             dense = sum(torch.Size(layer.shape).numel() for layer in plan.layers)
             achieved = 1 - gone / dense
         assert share - 0.01 <= achieved <= share + 1e-9
+
+
+def test_the_default_arm_follows_from_the_calibration_data(
+    teacher: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert inherit(teacher, "params=0.5")[1].arm == "svd"
+    assert inherit(teacher, "params=0.5", pairs(RESNET))[1].arm == "sequential"
+    monkeypatch.setattr("pipeline.inherit.sequential.LARGEST", 1000)
+    assert inherit(teacher, "params=0.5", pairs(RESNET))[1].arm == "activation"
 
 
 def test_padding_never_enters(teacher: nn.Module) -> None:
@@ -198,7 +209,7 @@ def test_bad_input_is_refused_by_name(teacher: nn.Module) -> None:
         with pytest.raises(UserError, match="is not a budget"):
             inherit(teacher, budget, batch)
     with pytest.raises(UserError, match="needs calibration data"):
-        inherit(teacher, "params=0.5")
+        inherit(teacher, "params=0.5", arm="activation")
     with pytest.raises(UserError, match="is empty"):
         inherit(teacher, "params=0.5", [])
     with pytest.raises(UserError, match=r"no layer is left"):
