@@ -40,7 +40,7 @@ def add_inherit_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arm",
         help="initialisation (default: svd without calibration data; with it sequential, or "
-        "activation above 128 pixels, where one batch of all pairs needs too much memory)",
+        "activation where one batch of all pairs would need too much memory)",
     )
     parser.add_argument("--allocator", help="how ranks are chosen (default: the best one)")
     parser.add_argument(
@@ -87,7 +87,7 @@ def run_inherit(args: argparse.Namespace) -> int:
         budget=args.budget or "params=0.4",
         calibration=batches,
         heads=args.heads,
-        arm=args.arm or _default_arm(args, teacher),
+        arm=args.arm or (None if args.calibration else "svd"),
         include=tuple(args.include or ("*",)),
         exclude=tuple(args.exclude),
         seed=args.seed,
@@ -108,12 +108,6 @@ def run_inherit(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"written: {args.out}")
     return 0
-
-
-def _default_arm(args: argparse.Namespace, teacher: Any) -> str:
-    if not args.calibration:
-        return "svd"
-    return "sequential" if teacher.image_size <= 128 else "activation"
 
 
 def _cache() -> Path:

@@ -40,8 +40,9 @@ from pipeline.inherit.factorize import (
 from pipeline.inherit.groups import Budget, Group, describe, owner, parse_groups
 from pipeline.inherit.layers import GateMode, build_layer
 from pipeline.inherit.plan import Plan, make_plan
+from pipeline.inherit.regression import Settings
 from pipeline.inherit.search import solve_fidelity, solve_latency
-from pipeline.inherit.sequential import Settings, sequential_fit
+from pipeline.inherit.sequential import default_arm, sequential_fit
 from pipeline.inherit.sites import Site, expose, find_sites, set_module
 from pipeline.inherit.valid import share_valid_tokens
 
@@ -96,7 +97,7 @@ def inherit(
     budget: Budget = "params=0.4",
     calibration: Any = None,
     heads: int | str = 3,
-    arm: str = "activation",
+    arm: str | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     seed: int = 0,
@@ -123,7 +124,8 @@ def inherit(
         calibration: a batch, an iterable of batches, or None. A CLIP's batch is a pair
             (images [B,3,S,S], tokens [B,L]).
         heads: heads per inherited layer; 1 has no gate; "auto" chooses 1 or 3 per layer.
-        arm: initialisation, see docs/inheritance.md.
+        arm: initialisation, see docs/inheritance.md. None is "svd" without calibration data, else
+            "sequential", or "activation" where one pass over all of it would need too much memory.
         include: shell globs on full module names; only these layers are inherited.
         exclude: shell globs; these stay dense.
         seed: of the head deviations, random starts and probes.
@@ -134,16 +136,17 @@ def inherit(
         multiple: ranks are multiples of this; default 8 for layers of width 256 and more, else 1.
         shrinkage: λ of the moments.
         batchnorm: re-estimate BatchNorm statistics; default: where layers were cut independently.
-        refit: keyword arguments of `sequential.Settings` for the arm "sequential".
+        refit: keyword arguments of `regression.Settings` for the arm "sequential".
         cache: folder that keeps calibration moments by teacher and data.
 
     Raises:
         UserError: unusable budget, arm, weights, patterns or calibration data.
     """
     groups = parse_groups(budget)
+    batches = None if calibration is None else as_batches(calibration)
+    arm = arm or default_arm(batches)
     allocator = allocator or ("fraction" if arm in WEIGHT_ONLY else "balanced")
     count = _check(arm, heads, allocator)
-    batches = None if calibration is None else as_batches(calibration)
     if batches is None and (
         arm not in WEIGHT_ONLY or any(group.unit in DATA_UNITS for group in groups)
     ):
