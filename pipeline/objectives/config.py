@@ -84,8 +84,10 @@ class MixTerm(Term):
     tau: float = Field(default=2.0, gt=0, description="temperature of both distributions")
 
 
-def _loss(home: str, what: str, *, teacher: bool = True, view: str | None = None) -> Any:
-    extra: dict[str, Any] = {"home": home, "teacher": teacher, "view": view}
+def _loss(
+    home: str, what: str, *, teacher: bool = True, view: str | None = None, inside: bool = False
+) -> Any:
+    extra: dict[str, Any] = {"home": home, "teacher": teacher, "view": view, "inside": inside}
     return Field(default=None, description=what, json_schema_extra=extra)
 
 
@@ -116,10 +118,11 @@ class ObjectiveConfig(BaseModel):
     )
     kd: MixTerm | None = _loss("distill:Kd", "(1-alpha) task + alpha tau^2 KL")
     layers: LayersTerm | None = _loss(
-        "inner:Layers", "relative squared distance to the teacher's layers of the same name"
-    )
+        "inner:Layers", "relative squared distance to the teacher's layers of the same name",
+        inside=True,
+    )  # fmt: skip
     balance: Term | None = _loss(
-        "inner:Balance", "unevenness of the heads' mean gates", teacher=False
+        "inner:Balance", "unevenness of the heads' mean gates", teacher=False, inside=True
     )
 
     @model_validator(mode="before")
@@ -171,11 +174,19 @@ class ObjectiveConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """What the registry knows of a loss without importing it."""
+    """What the registry knows of a loss without importing it.
+
+    Attributes:
+        home: `module:Class`.
+        needs_teacher: Whether it looks at a teacher.
+        view: A further student encoding that it wants.
+        inside: Whether it looks inside the models, at rows that `train.taps` makes.
+    """
 
     home: str
     needs_teacher: bool
     view: str | None
+    inside: bool
 
     def load(self) -> type[Loss]:
         """Import the loss class."""
@@ -188,7 +199,7 @@ def _registry() -> dict[str, Entry]:
     entries = {}
     for name, field in ObjectiveConfig.model_fields.items():
         extra: Any = field.json_schema_extra
-        entries[name] = Entry(extra["home"], extra["teacher"], extra["view"])
+        entries[name] = Entry(extra["home"], extra["teacher"], extra["view"], extra["inside"])
     return entries
 
 

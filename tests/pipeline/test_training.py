@@ -16,8 +16,12 @@ from tests.pipeline.launch import logged, losses, run
 
 @pytest.mark.slow
 def test_two_ranks_take_the_same_steps_as_one_process(scenes: Path, tmp_path: Path) -> None:
-    """BatchNorm is frozen: a rank normalises by its own rows, which is another model."""
-    common = {"batchnorm": "frozen", "objective": "clip_kd"}
+    """An inherited student with gates, and losses on embeddings, layers and gates.
+
+    BatchNorm is frozen: a rank normalises by its own rows, which is another model.
+    """
+    objective = "{preset: clip_kd, balance: 1, layers: {weight: 1, modules: [visual.layer4]}}"
+    common = {"batchnorm": "frozen", "objective": objective, "inherit": 1}
     run(tmp_path / "one", scenes, **common)
     reference = losses(tmp_path / "one")
     assert len(reference) == 20
