@@ -329,6 +329,7 @@ def _dense(site: Site, pair: tuple[Tensor, Tensor]) -> nn.Module:
     if forward is not None:
         site.module.forward = forward
     layer._forward_hooks.clear()
+    layer._forward_pre_hooks.clear()
     weight = layer.weight
     assert isinstance(weight, Tensor)
     weight.copy_((pair[0] @ pair[1]).reshape(weight.shape))
