@@ -2,6 +2,9 @@
 
     python benchmarks/inheritance.py [--only cifar demo speed] [--data ../shared/data]
 
+It is shaped to end within half an hour on two free cores; --images, --calibration, --pairs and
+--model make it shorter.
+
 cifar: the CIFAR-100 ResNet-56, its 3x3 convolutions inherited at 0.8, 0.6, 0.4 of their weights.
 demo:  the demo teacher at 0.4 of its heavy layers' weights (trained by the ordinary command if
 missing).
@@ -12,6 +15,7 @@ speed: RN101 with random weights: time and memory of an inheritance, images per 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import resource
@@ -121,7 +125,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def bench_cifar(data: Path, count: int, calibration: int, heads: tuple[int, ...]) -> None:
-    """Print top-1 of the ResNet-56 by arm, share and heads."""
+    """Print top-1 of the ResNet-56 by arm, share and heads; the last rows are the defaults."""
     from pipeline.inherit import inherit
 
     teacher = resnet56(data)
@@ -129,29 +133,36 @@ def bench_cifar(data: Path, count: int, calibration: int, heads: tuple[int, ...]
     images, labels = images[:count], labels[:count]
     seen = cifar(data / "cifar100-train-000000.tar")[0][:calibration]
     print(f"\nCIFAR-100 ResNet-56, top-1 % of {len(images)} test images before any training")
-    print(f"(3x3 convolutions; {calibration} calibration images from the training set, seed 0)")
+    print("(3x3 convolutions; arm, ranks, heads, calibration images of the training set)")
     print(f"teacher {accuracy(teacher, images, labels):.2f}")
-    rows = [("svd", 1), ("activation", 1), *(("sequential", h) for h in heads)]
-    for arm, h in rows:
-        line = f"{arm:<11} H={h}"
+    plain = {"steps": 0, "dense": False, "ridge": 0.02}
+    few = min(1024, calibration)
+    rows: list[tuple[str, str, int, int, dict[str, Any]]] = [
+        ("svd", "fraction", 1, 0, {}),
+        ("activation", "fraction", 1, few, {}),
+        ("sequential", "fraction", 1, few, plain | {"compensate": False}),
+        ("sequential", "balanced", 1, few, {}),
+        *(("sequential", "balanced", h, len(seen), {}) for h in heads),
+    ]
+    for arm, allocator, h, images_seen, refit in rows:
+        line = f"{arm:<11}{'plain' if refit else allocator:<10}H={h} {images_seen:>5}"
         for share in SHARES:
             start = time.perf_counter()
             new, _ = inherit(
-                teacher, f"weights={share}", seen, h, arm,
-                include=("conv1", "layer*.conv*"), allocator="fraction",
-                refit={"rows": max(40_000, 30 * calibration)},
+                teacher, f"weights={share}", seen[:images_seen] if images_seen else None, h, arm,
+                include=("conv1", "layer*.conv*"), allocator=allocator, refit=refit,
             )  # fmt: skip
             took = time.perf_counter() - start
             line += f"  {share}: {accuracy(new, images, labels):6.2f} ({took:.0f} s)"
         print(line, flush=True)
 
 
-def demo_teacher() -> Any:
+def demo_teacher(run: Path) -> Any:
     """Load the demo's teacher; train it with the ordinary command if it is not there."""
     from pipeline.models import load_checkpoint
 
-    folder = DEMO / "arms" / "teacher" / "checkpoint"
-    if not (folder / "model.json").exists():
+    folder = run / "arms" / "teacher" / "checkpoint"
+    if run == DEMO and not (folder / "model.json").exists():
         command = [sys.executable, "-m", "pipeline.cli", "run", "configs/demo.yaml"]
         subprocess.run([*command, "--only", "teacher"], check=True, cwd=ROOT)
     return load_checkpoint(folder)
@@ -169,7 +180,7 @@ def recall(model: Any, images: Tensor, tokens: Tensor, owner: Tensor) -> tuple[f
     return found["i2t_r1"], found["t2i_r1"]
 
 
-def bench_demo() -> None:
+def bench_demo(run: Path) -> None:
     """Print R@1 of the demo teacher's descendants."""
     from PIL import Image
 
@@ -177,9 +188,9 @@ def bench_demo() -> None:
     from pipeline.inherit import inherit
     from pipeline.stages import calibration_pairs
 
-    clip = demo_teacher()
-    test = ShardSet.find(DEMO / "data", "scenes-test-*.tar")
-    train = ShardSet.find(DEMO / "data", "scenes-train-*.tar")
+    clip = demo_teacher(run)
+    test = ShardSet.find(run / "data", "scenes-test-*.tar")
+    train = ShardSet.find(run / "data", "scenes-train-*.tar")
     calibration = calibration_pairs(train, clip, 512, 0)
     transform, tokenizer = clip.transform(), clip.tokenizer()
     images, captions, owner = [], [], []
@@ -201,7 +212,8 @@ def bench_demo() -> None:
         ("sequential", "fraction", 1),
         ("sequential", "energy", 1),
         ("sequential", "sensitivity", 1),
-        ("sequential", "sensitivity", 3),
+        ("sequential", "balanced", 1),
+        ("sequential", "balanced", 3),
     ):
         new, _ = inherit(clip.model, "weights=0.4", calibration, heads, arm, allocator=allocator)
         r = recall(new, pixels, tokens, owners)
@@ -209,25 +221,28 @@ def bench_demo() -> None:
         print(f"{arm:<11}{allocator:<12} H={heads}  {r[0]:.3f} / {r[1]:.3f}  ({share})", flush=True)
 
 
-def rn101() -> tuple[nn.Module, Tensor, Tensor]:
-    """Return RN101 with random weights, 16 images and captions."""
+def untrained(name: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return an architecture with random weights, 16 images and captions."""
     from pipeline.teachers import load_teacher
 
-    clip = load_teacher("RN101", untrained=True)
+    clip = load_teacher(name, untrained=True)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(16, 3, 224, 224, generator=generator)
+    images = torch.randn(16, 3, clip.image_size, clip.image_size, generator=generator)
     tokens = clip.tokenizer()([f"a photo of {i} things on a table" for i in range(16)])
-    return clip.model, images, tokens
+    return clip.model.eval(), images, tokens
 
 
-def worker(arm: str) -> None:
-    """Inherit RN101 and print seconds and peak memory as JSON (run in a process of its own)."""
+def worker(arm: str, name: str, pairs: int) -> None:
+    """Inherit a model and print seconds and peak memory as JSON (run in a process of its own)."""
     from pipeline.inherit import inherit
 
-    model, images, tokens = rn101()
-    batches = [(torch.randn_like(images), tokens) for _ in range(16)]
+    model, images, tokens = untrained(name)
+    batches = None
+    if arm != "svd":
+        count = max(1, pairs // len(images))
+        batches = [(torch.randn_like(images), tokens) for _ in range(count)]
     start = time.perf_counter()
-    _, plan = inherit(model, "params=0.5", batches if arm != "svd" else None, 3, arm)
+    _, plan = inherit(model, "params=0.5", batches, 3, arm)
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     achieved = plan.total_after / plan.total_before
@@ -271,14 +286,15 @@ def image_rates(models: dict[str, Any], images: Tensor, rounds: int = 5) -> dict
     return {name: len(images) / float(np.median(seconds)) for name, seconds in times.items()}
 
 
-def bench_speed() -> None:
-    """Print time and memory of RN101's inheritance, and the speed of the result."""
+def bench_speed(name: str, pairs: int) -> None:
+    """Print time and memory of an inheritance (RN101 by default), and the speed of the result."""
     from pipeline.inherit import inherit
-    from pipeline.inherit.latency import model_latency
+    from pipeline.inherit.latency import compare_latency
 
-    print(f"\nRN101, random weights, {torch.get_num_threads()} threads")
+    print(f"\n{name}, random weights, {torch.get_num_threads()} threads")
     for arm in ("svd", "activation"):
-        command = [sys.executable, __file__, "--worker", arm]
+        command = [sys.executable, __file__, "--worker", arm, "--model", name]
+        command += ["--pairs", str(pairs)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
         r = json.loads(done.stdout.splitlines()[-1])
         print(
@@ -286,9 +302,9 @@ def bench_speed() -> None:
             f"peak {r['peak_gb']:.1f} GB",
             flush=True,
         )
-    model, images, tokens = rn101()
+    model, images, tokens = untrained(name)
     new, plan = inherit(model, "params=0.5", None, 3, "svd")
-    stacked, _ = inherit(model, "params=0.5", None, 3, "svd")
+    stacked = copy.deepcopy(new)
     stack_heads(stacked)
     rates = image_rates({"teacher": model, "inherited": new, "stacked": stacked}, images)
     print(f"images/s at batch 16: {', '.join(f'{n} {v:.1f}' for n, v in rates.items())}")
@@ -296,9 +312,9 @@ def bench_speed() -> None:
     print(f"  inherited / stacked {rates['inherited'] / rates['stacked']:.2f}", flush=True)
     batch = (images, tokens)
     fast, plan = inherit(model, "latency=0.5", [batch], 3, "svd")
-    seconds = {n: model_latency(m, batch, None) for n, m in (("teacher", model), ("fast", fast))}
+    before, after = compare_latency(model, fast, batch, None, rounds=9)
     print(
-        f"latency=0.5: measured {seconds['fast'] / seconds['teacher']:.3f} of the teacher's "
+        f"latency=0.5: measured {after / before:.3f} of the teacher's "
         f"(params {plan.total_after / plan.total_before:.3f})"
     )
 
@@ -309,19 +325,24 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--images", type=int, default=10_000, help="CIFAR test images")
-    parser.add_argument("--calibration", type=int, default=2000, help="CIFAR training images")
+    parser.add_argument("--calibration", type=int, default=4096, help="CIFAR training images")
     parser.add_argument("--heads", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--demo", type=Path, default=DEMO, help="run folder of configs/demo.yaml")
+    parser.add_argument(
+        "--pairs", type=int, default=256, help="calibration pairs of the speed part"
+    )
+    parser.add_argument("--model", default="RN101", help="architecture of the speed part")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker)
+        worker(args.worker, args.model, args.pairs)
         return
     if "cifar" in args.only:
         bench_cifar(args.data, args.images, args.calibration, tuple(args.heads))
     if "demo" in args.only:
-        bench_demo()
+        bench_demo(args.demo)
     if "speed" in args.only:
-        bench_speed()
+        bench_speed(args.model, args.pairs)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,16 @@ from pipeline.inherit.sites import Site
 
 
 def clock(
-    call: Callable[[], Any], *, seconds: float = 0.1, least: int = 3, most: int = 50
+    call: Callable[[], Any],
+    *,
+    seconds: float = 0.1,
+    least: int = 3,
+    most: int = 50,
+    warm: bool = True,
 ) -> float:
-    """Return the median time of `call` in seconds, after one warm-up."""
-    call()
+    """Return the median time of `call` in seconds, after one warm-up unless `warm` is False."""
+    if warm:
+        call()
     times: list[float] = []
     synchronise = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
     while len(times) < least or (sum(times) < seconds and len(times) < most):
@@ -41,6 +47,30 @@ def model_latency(
     mask = TokenMask()
     with evaluating(model):
         return clock(lambda: run_batch(model, batch, mask, forward), seconds=seconds, most=20)
+
+
+def compare_latency(
+    first: nn.Module, second: nn.Module, batch: Any, forward: Forward | None, *, rounds: int = 5
+) -> tuple[float, float]:
+    """Return the median seconds of one forward pass of two models that take turns.
+
+    In turns a machine that is busy for a while, or warms up, slows both alike; of two models timed
+    one after the other it would slow one.
+    """
+    device = next(first.parameters()).device
+    batch = to_device(batch, device)
+    mask = TokenMask()
+    times: tuple[list[float], list[float]] = ([], [])
+    with evaluating(first), evaluating(second):
+        for step in range(rounds + 1):
+            for model, found in zip((first, second), times, strict=True):
+                once = clock(
+                    lambda model=model: run_batch(model, batch, mask, forward),  # type: ignore[misc]
+                    least=1, most=1, warm=step == 0,
+                )  # fmt: skip
+                if step:
+                    found.append(once)
+    return statistics.median(times[0]), statistics.median(times[1])
 
 
 def layer_timings(

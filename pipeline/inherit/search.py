@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from pipeline.inherit.allocate import choose, make_offers
 from pipeline.inherit.budget import SOLVERS, Choice
 from pipeline.inherit.calibrate import TokenMask, evaluating, run_batch, to_device
-from pipeline.inherit.latency import layer_timings, model_latency
+from pipeline.inherit.latency import compare_latency, layer_timings, model_latency
 from pipeline.inherit.layers import build_layer
 from pipeline.inherit.sensitivity import outputs_of
 from pipeline.inherit.sites import set_module
@@ -30,13 +30,13 @@ def solve_latency(job: Job, share: float) -> Choice:
     """Find ranks whose measured forward pass takes `share` of the teacher's time.
 
     Layer timings only rank the layers; after each solution the whole model is timed with empty
-    layers of those ranks, and the allowance is corrected.
+    layers of those ranks, in turns with the teacher, and the allowance is corrected.
 
     Raises:
         UserError: even rank 1 everywhere is slower than asked.
     """
     batch = job.data()[0]
-    before = model_latency(job.teacher, batch, job.forward)
+    before = model_latency(job.teacher, batch, job.forward, seconds=1.0)
     timings = layer_timings(job.new, job.sites, batch, job.forward, job.losses, job.shape)
     offers = make_offers(job.sites, job.losses, "latency", job.shape, timings)
     dense = sum(timings[s.name][None] for s in job.sites if s.name in timings)
@@ -46,7 +46,7 @@ def solve_latency(job: Job, share: float) -> Choice:
     best: tuple[float, Choice] | None = None
     for _ in range(ROUNDS):
         choice = SOLVERS[job.allocator](offers, max(allowed, least * 1.0001))
-        now = model_latency(_hollow(job, choice), batch, job.forward)
+        before, now = compare_latency(job.teacher, _hollow(job, choice), batch, job.forward)
         miss = now / before - share
         if best is None or abs(miss) < abs(best[0]):
             best = (miss, choice)
