@@ -117,7 +117,7 @@ def start_engine(
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
-        fused=processes.device.type == "cuda",
+        fused=True,  # a kernel of its own for CUDA and for the CPU: one pass over the weights
     )
     engine, optimizer, _, _ = deepspeed.initialize(
         model=module,
@@ -125,4 +125,7 @@ def start_engine(
         config=config,
         dist_init_required=None,
     )
+    if processes.world_size == 1 and settings.zero_stage == 0:
+        # DeepSpeed copies all gradients into a bucket and back, even for a group of one
+        engine.enable_backward_allreduce = False
     return engine, optimizer
