@@ -35,8 +35,11 @@ format: setup    ## let ruff mend what it can
 test: lint       ## lint, types and the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-bench: setup     ## the measurements behind docs/ (SHARDS=folder of Flickr8k; peers: see benchmarks/data.py --help)
+bench: setup     ## the measurements behind docs/ (SHARDS=folder of Flickr8k, PEER=python with open_clip_torch[training]: see benchmarks/data.py)
 	$(BIN)/python benchmarks/inheritance.py
+	$(BIN)/python benchmarks/train.py overhead
+	$(BIN)/python benchmarks/train.py chunks
+	$(if $(PEER),$(BIN)/python benchmarks/train.py open_clip --shards $(SHARDS) --peer-python $(PEER))
 	$(BIN)/python benchmarks/data.py verify --shards $(SHARDS)
 	$(BIN)/python benchmarks/data.py read --shards $(SHARDS)
 	$(BIN)/python benchmarks/data.py download --shards $(SHARDS)
