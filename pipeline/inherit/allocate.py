@@ -14,7 +14,7 @@ from pipeline.inherit.budget import SOLVERS, Choice, Offer, Option, fraction_cho
 from pipeline.inherit.factorize import Decomposition
 from pipeline.inherit.sites import Site
 
-EVENNESS = 3.0
+EVENNESS = 1.0
 WIDE = 256  # layers at least this wide get ranks that are multiples of 8
 
 

@@ -21,6 +21,7 @@ from pipeline.inherit.factorize import Decomposition
 from pipeline.inherit.sites import Site
 
 SAMPLES = 128
+PIECE = 1_250_000  # input values whose activations are kept for one backward pass: 8 of 224 pixels
 
 
 def outputs_of(model: nn.Module, result: Any) -> tuple[list[Tensor], bool]:
@@ -119,11 +120,12 @@ def loss_curves(
     return {site.name: _curve(found[site.name], site.full_rank) for site in wanted}
 
 
-def _small(batches: Sequence[Any], samples: int, size: int = 16) -> Iterator[Any]:
+def _small(batches: Sequence[Any], samples: int, most: int = 16) -> Iterator[Any]:
     """Cut batches into pieces whose activations fit into memory with gradients."""
     left = samples
     for batch in batches:
         first = batch if isinstance(batch, Tensor) else batch[0]
+        size = max(1, min(most, PIECE // max(1, first[0].numel())))
         for start in range(0, first.shape[0], size):
             if left <= 0:
                 return

@@ -214,7 +214,8 @@ def _analyse(job: Job, cache: Path | None) -> None:
         job.moments = known
     for site in job.sites:
         if not site.blocked:
-            moments = job.moments.get(site.name) if wanted else None
+            # taken out, not looked up: a large model's moments take a gigabyte
+            moments = job.moments.pop(site.name, None) if wanted else None
             job.parts[site.name] = decompose(site.matrix(), moments, job.shrinkage)
             job.losses[site.name] = tail_energies(job.parts[site.name])
     if job.allocator in ("sensitivity", "balanced"):

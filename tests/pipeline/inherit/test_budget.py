@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import UserError
+from pipeline.inherit import inherit
 from pipeline.inherit.budget import SOLVERS, make_offer, solve_convex, total
 from pipeline.inherit.factorize import Moments, decompose, factors, head_deviations
 
@@ -99,3 +102,42 @@ def test_head_deviations_cancel() -> None:
     assert float(deviations.square().mean().sqrt()) == pytest.approx(
         0.1 * float(up.square().mean().sqrt())
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["linear", "conv", "grouped", "embedding"]),
+    st.integers(3, 10),
+    st.integers(3, 10),
+    st.floats(0.2, 1.0),
+    st.sampled_from([1, 3]),
+    st.sampled_from(["svd", "activation", "sequential"]),
+)
+def test_a_layer_is_its_rank_r_map_at_step_0(
+    kind: str, width_in: int, width_out: int, share: float, heads: int, arm: str
+) -> None:
+    """Calibration inputs are white here, so that all three arms mean the plain truncated SVD."""
+    torch.manual_seed(width_in * 100 + width_out)
+    x: torch.Tensor
+    if kind == "embedding":
+        dense, x = torch.nn.Embedding(20, width_out), torch.arange(20)[None]
+    elif kind == "linear":
+        dense = torch.nn.Linear(width_in, width_out)
+        x = torch.cat([torch.eye(width_in), -torch.eye(width_in)])
+    else:
+        groups = 2 if kind == "grouped" else 1
+        dense = torch.nn.Conv2d(groups * width_in, groups * width_out, 1, groups=groups)
+        eye = torch.eye(groups * width_in)
+        x = torch.cat([eye, -eye])[:, :, None, None]
+    model = torch.nn.Sequential(dense)
+    refit = {"ridge": 1e-9, "compensate": False}
+    new, plan = inherit(model, f"rank={share}", x, heads, arm, shrinkage=1e-9, refit=refit)
+    rank = plan.layers[0].rank
+    weight = dense.weight.detach().double().flatten(1)
+    parts = weight.unflatten(0, (getattr(dense, "groups", 1), -1))
+    left, sigma, right = torch.linalg.svd(parts, full_matrices=False)
+    cut = (left[..., :rank] * sigma[:, None, :rank]) @ right[:, :rank]
+    twin = copy.deepcopy(dense)
+    twin.weight.data = cut.float().reshape(dense.weight.shape)
+    want = twin(x)
+    assert float(((new(x) - want).norm() / want.norm()).detach()) < 1e-5

@@ -203,6 +203,9 @@ def test_bad_input_is_refused_by_name(teacher: nn.Module) -> None:
     broken.visual.layer2[0].conv1.weight.data[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"visual\.layer2\.0\.conv1.*NaN"):
         inherit(broken, "params=0.5", batch)
+    broken.visual.layer2[0].conv1.weight.data[0, 0] = float("-inf")
+    with pytest.raises(UserError, match=r"visual\.layer2\.0\.conv1.*NaN or Inf"):
+        inherit(broken, "params=0.5", arm="svd")
     with pytest.raises(UserError, match="rank 1 everywhere needs"):
         inherit(teacher, "params=0.001", batch)
     for budget in ("params=0", "params=1.5", "params", "size=0.3", "params=nan"):
@@ -222,6 +225,9 @@ def test_bad_input_is_refused_by_name(teacher: nn.Module) -> None:
         inherit(teacher, "params=0.5", (images, batch[1]))
     with pytest.raises(UserError, match=r"no layer 'visual\.nowhere'"):
         rebuild(build(RESNET), [{"name": "visual.nowhere", "kind": "conv", "rank": 2, "heads": 1}])
+    entry = {"name": "transformer.resblocks.0.mlp.c_fc", "kind": "linear", "rank": 0, "heads": 1}
+    with pytest.raises(UserError, match="rank and heads must be at least 1"):
+        rebuild(build(RESNET), [entry])
     entry = {"name": "transformer.resblocks.0.mlp.c_fc", "kind": "conv", "rank": 2, "heads": 1}
     with pytest.raises(UserError, match="it is a linear layer"):
         rebuild(build(RESNET), [entry])
