@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.config import apply_overrides, read_yaml
-from pipeline.experiment import load_experiment
+from pipeline.experiment import InheritedArm, load_experiment
 from tests.conftest import REPOSITORY
 
 
@@ -37,6 +37,8 @@ def set_in(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("arms.inherited.budget", "params=0", "the share must be above 0 and at most 1, not 0"),
         ("arms.inherited.budget", "params=1.5", "above 0 and at most 1, not 1.5"),
         ("arms.inherited.budget", "0.4", "a budget reads params=0.4"),
+        ("arms.inherited.budget", {"visual.*": "0.4"}, "a budget reads params=0.4"),
+        ("arms.inherited.budget", {"visual.*": "latency=0.4"}, "latency belongs to a whole model"),
         ("arms.inherited.teacher", "master", "arms.inherited.teacher: no arm 'master'"),
         ("arms.student_clipkd.teacher", None, "the objective (task, crd, fd, icl) needs one"),
         ("arms.teacher.teacher", "student_clipkd", "teach each other in a circle"),
@@ -55,6 +57,13 @@ def test_a_wrong_value_is_refused_by_its_path(
         load_experiment(tiny(set_in(path, value)))
     assert expected in str(caught.value)
     assert "tiny.yaml" in str(caught.value)
+
+
+def test_groups_of_layers_may_have_their_own_budgets(tiny: Callable[..., Path]) -> None:
+    budget = {"visual.*": "params=0.6", "*": "params=0.4"}
+    arm = load_experiment(tiny(set_in("arms.inherited.budget", budget))).arms["inherited"]
+    assert isinstance(arm, InheritedArm)
+    assert arm.budget == budget
 
 
 def test_all_faults_are_shown_at_once_and_a_shared_one_once(tiny: Callable[..., Path]) -> None:
