@@ -141,7 +141,6 @@ def bench_cifar(data: Path, count: int, calibration: int, heads: tuple[int, ...]
         ("svd", "fraction", 1, 0, {}),
         ("activation", "fraction", 1, few, {}),
         ("sequential", "fraction", 1, few, plain | {"compensate": False}),
-        ("sequential", "balanced", 1, few, {}),
         *(("sequential", "balanced", h, len(seen), {}) for h in heads),
     ]
     for arm, allocator, h, images_seen, refit in rows:
