@@ -128,8 +128,8 @@ def _add_train(commands: Any) -> None:
         description="Train one arm whose inputs are there. Started plainly it is one process; "
         "torchrun and srun make it one rank of many.",
         epilog="example: torchrun --nproc-per-node 8 -m pipeline.cli train configs/cc3m_rn101.yaml "
-        "--arm inherited. Exit code 75: stopped by a signal, saved; 74: another rank is gone; start "
-        "it again in both cases.",
+        "--arm inherited. Exit code 75: stopped by a signal, saved; 74: another rank is gone; "
+        "start it again in both cases.",
     )
     _experiment_arguments(parser)
     parser.add_argument("--arm", required=True, help="name of the arm")
