@@ -66,7 +66,8 @@ def test_two_nodes_reduce_over_gloo_with_the_derived_environment(
         "import os, torch, torch.distributed as d; d.init_process_group('gloo');"
         "x = torch.ones(1) * (d.get_rank() + 1); d.all_reduce(x);"
         "print('SUM', x.item(), os.environ['SLURMD_NODENAME'], os.environ['LOCAL_RANK'],"
-        " os.environ['OMP_NUM_THREADS'])"
+        " os.environ['OMP_NUM_THREADS']);"
+        "d.destroy_process_group()"  # else a thread of gloo may abort the process at its exit
     )
     cluster.submit(run, python("reduce", code, resources=TWO.model_copy(update={"memory": "3G"})))
     jobs = cluster.wait_end(run)
