@@ -20,7 +20,7 @@ from eval.suite import Suite
 from pipeline.config import Strict, apply_overrides, read_yaml, validate
 from pipeline.inherit.factorize import Arm as Initialisation
 from pipeline.inherit.groups import parse_groups
-from pipeline.models import input_difference, read_architecture
+from pipeline.models import read_architecture, refuse_other_input
 from pipeline.objectives import ObjectiveConfig
 from pipeline.train.settings import TrainSettings, overlaid
 
@@ -240,13 +240,7 @@ def _refuse_other_inputs(experiment: Experiment, where: str) -> None:
         if not isinstance(arm, ScratchArm) or not isinstance(teacher, ScratchArm):
             continue  # a pretrained teacher's architecture is known when it is loaded
         if isinstance(arm.model, dict) and isinstance(teacher.model, dict):
-            difference = input_difference(arm.model, teacher.model)
-            if difference:
-                raise UserError(
-                    f"student and teacher differ in {difference}",
-                    where=f"{where}: arms.{name}",
-                    todo="both read the same batch; give them the same input",
-                )
+            refuse_other_input(arm.model, teacher.model, f"{where}: arms.{name}")
 
 
 def _with_absolute_json(experiment: Experiment, beside: Path) -> Experiment:

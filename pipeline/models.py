@@ -80,8 +80,12 @@ class Clip:
         )
 
 
-def input_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Return how the inputs of two architectures differ, in words; empty if one batch fits both."""
+def refuse_other_input(student: dict[str, Any], teacher: dict[str, Any], where: str) -> None:
+    """Refuse two architectures that cannot read the same batch.
+
+    Raises:
+        UserError: naming what differs, with both values.
+    """
 
     def inputs(architecture: dict[str, Any]) -> dict[str, Any]:
         vision, text = architecture["vision_cfg"], architecture["text_cfg"]
@@ -93,9 +97,14 @@ def input_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
             "normalisation": (shape["mean"], shape["std"]),
         }
 
-    first, second = inputs(ours), inputs(theirs)
-    different = [what for what in first if first[what] != second[what]]
-    return "; ".join(f"{what}: {first[what]} and {second[what]}" for what in different)
+    ours, theirs = inputs(student), inputs(teacher)
+    different = [f"{k}: {ours[k]} and {theirs[k]}" for k in ours if ours[k] != theirs[k]]
+    if different:
+        raise UserError(
+            f"student and teacher differ in {'; '.join(different)}",
+            where=where,
+            todo="both read the same batch; give them the same input",
+        )
 
 
 def preprocessing(architecture: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def inherit(
         arm: initialisation, see docs/inheritance.md. None is "svd" without calibration data, else
             "sequential", or "activation" where one pass over all of it would need too much memory.
         include: shell globs on full module names; only these layers are inherited.
-        exclude: shell globs; these stay dense.
+        exclude: shell globs; these stay dense. "sequential" still fits their weights anew, unless
+            refit={"dense": False}.
         seed: of the head deviations, random starts and probes.
         forward: `forward(model, batch)`; by default a CLIP's two encoders, else `model(batch)`.
         allocator: "fraction", "energy", "sensitivity" or "balanced"; None is "balanced" where the

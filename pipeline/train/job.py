@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.errors import UserError
 from data_prep.reader import ShardSet
-from pipeline.models import Clip, input_difference
+from pipeline.models import Clip, refuse_other_input
 from pipeline.objectives.objective import Objective
 from pipeline.train.best import Validate
 from pipeline.train.settings import TrainSettings
@@ -63,10 +63,4 @@ def check_models(job: Job) -> None:
             where=f"arms.{job.arm}.teacher",
             todo="load the teacher from a checkpoint of its own",
         )
-    difference = input_difference(student.architecture, teacher.architecture)
-    if difference:
-        raise UserError(
-            f"student and teacher differ in {difference}",
-            where=f"arms.{job.arm}",
-            todo="both read the same batch; give them the same input",
-        )
+    refuse_other_input(student.architecture, teacher.architecture, f"arms.{job.arm}")

@@ -172,13 +172,24 @@ class Liveness:
                 if now - peer.heard > self.silence:
                     self._give_up(rank, f"has not been heard of for {now - peer.heard:.0f} s")
             if self.me.doing == "step" and now - self._changed > self.hang:
-                rank = min(self.peers, key=self._progress)
-                what = f"is the furthest behind in a step that takes over {self.hang:.0f} s"
-                self._give_up(rank, what)
+                self._give_up_hanging()
 
-    def _progress(self, rank: int) -> tuple[int, bool]:
-        """How far a rank is: one that waits for data is behind one that waits for others."""
-        return self.peers[rank].step, self.peers[rank].doing == "step"
+    def _give_up_hanging(self) -> None:
+        """End a step that takes too long, and name a rank only if it is behind this one."""
+        late = f"a step takes over {self.hang:.0f} s"
+        rank = min(self.peers, key=lambda r: _progress(self.peers[r]))
+        if _progress(self.peers[rank]) < _progress(self.me):
+            self._give_up(rank, f"is the furthest behind: {late}")
+            return
+        print(
+            f"inherclip: {late}, and no rank is behind rank {self.rank} in step {self.me.step}: "
+            "one hangs inside the step\n  -> look at the stacks of all ranks (py-spy dump). The "
+            "same command continues from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        self.end(LOST_RANK)
+        self._stop.set()
 
     def _sentence(self, rank: int, what: str) -> str:
         peer = self.peers[rank]
@@ -193,3 +204,8 @@ class Liveness:
         print(f"inherclip: {self._sentence(rank, what)}", file=sys.stderr, flush=True)
         self.end(LOST_RANK)
         self._stop.set()
+
+
+def _progress(peer: Peer) -> tuple[int, bool]:
+    """How far a rank is: one that waits for data is behind one that waits for others."""
+    return peer.step, peer.doing == "step"

@@ -3,8 +3,8 @@
     python -m tests.pipeline.ranks OUT key=value ...
 
 Keys: those of TrainSettings; data; objective; inherit (an inherited student with three heads);
-dropout; pause (seconds per step); poison (step whose images become NaN); hang (step in which rank 1
-waits for ever); full (step from which the disk is full).
+dropout; pause (seconds per step); poison (step whose images become NaN); hang (step whose data rank
+1 waits for, for ever); full (step from which the disk is full).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import errno
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from pipeline.objectives.objective import build as build_objective
 from pipeline.tracking import Record
 from pipeline.train.job import Job
 from pipeline.train.liveness import LostRank
-from pipeline.train.loader import Batch
+from pipeline.train.loader import Batch, Encoded, TrainingPairs
 from pipeline.train.loop import train
 from pipeline.train.processes import join
 from pipeline.train.settings import TrainSettings
@@ -86,8 +87,6 @@ def _disturb(options: dict[str, str], rank: int) -> None:
 
     def disturbed(self: Updater, step: int, batch: Batch) -> Record:
         time.sleep(pause)
-        if step == hang and rank == 1:
-            time.sleep(1000)
         if step == full:
             torch.save = full_disk  # type: ignore[assignment]
         if step == poison:
@@ -99,6 +98,14 @@ def _disturb(options: dict[str, str], rank: int) -> None:
         save("the first bytes", path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    getitems = TrainingPairs.__getitems__
+
+    def stuck(self: TrainingPairs, items: Sequence[tuple[int, int]]) -> Batch | Encoded:
+        if items[0][0] == hang and rank == 1:  # as on a file system that does not answer
+            time.sleep(1000)
+        return getitems(self, items)
+
+    TrainingPairs.__getitems__ = stuck  # type: ignore[method-assign]
     Updater.__call__ = disturbed  # type: ignore[method-assign]
 
 
